@@ -1,0 +1,92 @@
+"""GRPO, and by its settings Dr. GRPO and DAPO's loss.
+
+Papers: GRPO, arXiv 2402.03300, equation 3. Dr. GRPO, arXiv 2503.20783, section 3.2: `share = "fixed_length"`, `scale_rewards = "none"`.
+DAPO, arXiv 2503.14476, sections 3.1 and 3.3: `share = "token_mean"`, `epsilon_high = 0.28`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from localrl.algebra import ShareName, group_moments, k3, ratio_to, share, weighted_total
+from localrl.algorithms.base import Algorithm, Columns
+from localrl.batch import Batch, Loss, Readout
+
+
+class Credit(NamedTuple):
+    """What the clipped objective needs of each rollout."""
+
+    advantage: Tensor
+    """(B,)"""
+    share: Tensor
+    """(B, T), sums to 1 over the step."""
+    old: Tensor | None
+    """(B, T) log-probabilities when the step began; None: this is the only update on these rollouts."""
+
+
+class Clipped(Algorithm):
+    """The clipped objective that GRPO and its kin share; a subclass says what the advantage is."""
+
+    epsilon: float = Field(0.2, gt=0, lt=1)
+    """How far below 1 the probability ratio may push (the lower clip)."""
+    epsilon_high: float | None = Field(None, gt=0)
+    """How far above 1 it may push; DAPO takes 0.28. Unset: the same as epsilon."""
+    beta: float = Field(0.0, ge=0)
+    """Weight of the KL penalty (k3) against the reference, the base without its adapter. 0: no reference pass."""
+    share: ShareName = "token_mean"
+    """How tokens are weighed: sequence_mean (GRPO's paper), token_mean (DAPO), fixed_length (Dr. GRPO)."""
+
+    reports = ("clip_ratio", "kl")
+
+    @property
+    def reads_during(self) -> Columns:
+        return frozenset({"logp", "ref"} if self.beta else {"logp"})
+
+    def advantage(self, batch: Batch) -> Tensor:
+        """(B,) what each rollout deserves; 0 where no reward applies."""
+        raise NotImplementedError
+
+    def credit(self, batch: Batch, readout: Readout) -> Credit:
+        advantage = self.advantage(batch)
+        return Credit(advantage, share(batch.fresh, self.share, batch.limit), readout.logp)
+
+    def loss(self, batch: Batch, readout: Readout, credit: Credit) -> Loss:
+        assert readout.logp is not None
+        ratio = ratio_to(readout.logp, credit.old)
+        low, high = 1 - self.epsilon, 1 + (self.epsilon_high or self.epsilon)
+        advantage = credit.advantage[:, None]
+        per_token = -torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
+        clipped = ((ratio < low) & (advantage < 0)) | ((ratio > high) & (advantage > 0))
+        stats = {"clip_ratio": (credit.share * clipped).sum()}
+        if self.beta:
+            assert readout.ref is not None
+            kl = k3(readout.logp, readout.ref)
+            per_token = per_token + self.beta * kl
+            stats["kl"] = (credit.share * kl).sum().detach()
+        return Loss((credit.share * per_token).sum(), stats)
+
+
+class GRPO(Clipped):
+    """Group Relative Policy Optimisation: the rewards' weighted sum, centred and scaled within the group."""
+
+    name: Literal["grpo"] = "grpo"
+    """Group Relative Policy Optimisation."""
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """Divide the advantage by the standard deviation of its group, of the whole step, or not at all (Dr. GRPO)."""
+    advantage_epsilon: float = Field(1e-4, gt=0)
+    """Added to the standard deviation."""
+
+    def advantage(self, batch: Batch) -> Tensor:
+        total = weighted_total(batch.rewards, batch.weights)
+        mean, std = group_moments(total, batch.group)
+        centred = total - mean
+        if self.scale_rewards == "batch":
+            whole = torch.zeros_like(batch.group)
+            std = group_moments(total, whole)[1]
+        if self.scale_rewards != "none":
+            centred = centred / (std + self.advantage_epsilon)
+        return centred.nan_to_num(0.0)

@@ -1,0 +1,294 @@
+"""`Run`: the one declaration behind presets, command line, UI and Python. Frozen, closed, dumped whole into the run folder."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
+
+import tomli_w
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+
+from localrl.algorithms import ALGORITHMS
+from localrl.algorithms.base import Algorithm
+from localrl.data import DataSettings
+from localrl.rewards import RewardSettings
+from localrl.settings import Settings, UserError, explain, nearest
+
+if TYPE_CHECKING:
+    AnyAlgorithm = Algorithm
+else:
+    AnyAlgorithm = Annotated[Union[tuple(ALGORITHMS.values())], Field(discriminator="name")]  # noqa: UP007  (built from what was found)
+
+
+class ModelSettings(Settings):
+    """Which model learns, and in which form its frozen weights are held."""
+
+    path: str = "demo"
+    """A local folder, a hub id ("Qwen/Qwen3-4B"), or "demo" for the embedded one."""
+    revision: str | None = None
+    """Hub revision: branch, tag or commit."""
+    quantization: Literal["nf4", "int8", "none"] = "nf4"
+    """Of the frozen base: nf4 (4 bit, double quantisation), int8 (LLM.int8), none."""
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of activations and of what is not quantised. auto: bfloat16 on a GPU that has it, float32 on a CPU."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Where to train. auto: the GPU if there is one."""
+
+
+class AdapterSettings(Settings):
+    """The LoRA adapter, the only thing that learns. Always held in float32."""
+
+    lora_r: int = Field(16, ge=1, le=1024)
+    """Rank."""
+    lora_alpha: float = Field(32.0, gt=0)
+    """The adapter's output is scaled by lora_alpha / lora_r."""
+    lora_target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    """Names of the linear layers that get one; all-linear: every one but the output layer."""
+    use_rslora: bool = False
+    """Scale by lora_alpha / sqrt(lora_r) instead (rsLoRA)."""
+    lora_dropout: float = 0.0
+    """Must be 0: with dropout, the log-probabilities of sampling and of learning are not those of one policy."""
+
+    @field_validator("lora_dropout")
+    @classmethod
+    def _no_dropout(cls, value: float) -> float:
+        if value != 0:
+            raise ValueError("must be 0: with dropout the sampled policy and the trained one differ; leave it out")
+        return value
+
+
+class RolloutSettings(Settings):
+    """How responses are sampled."""
+
+    prompts_per_step: int = Field(8, ge=1)
+    """Prompts of one step."""
+    num_generations: int = Field(8, ge=1)
+    """Rollouts of each prompt: the group."""
+    max_completion_length: int = Field(256, ge=1)
+    """Longest response, tokens."""
+    temperature: float = Field(1.0, ge=0, le=5)
+    """Of sampling, and of the log-probabilities that are trained. 0 (greedy) is for evaluation only."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Nucleus sampling; 1: off. Truncation makes the sampled policy differ from the trained one."""
+    top_k: int = Field(0, ge=0)
+    """Sample from the k likeliest tokens; 0: off."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a response, beside the model's own end tokens."""
+    concurrent: int | None = Field(None, ge=1)
+    """Most sequences decoded at once; unset: what the memory plan finds."""
+    weights: Literal["auto", "live", "unpacked"] = "auto"
+    """live: decode with the quantised layers. unpacked: with a scratch copy of the very same weights, freed before learning (faster on a CPU)."""
+
+
+class OptimSettings(Settings):
+    """How the adapter is updated."""
+
+    learning_rate: float = Field(2e-5, gt=0, le=1)
+    """LoRA wants 1e-5 to 5e-5 on real models: at 1e-6 hardly a weight moves."""
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = "adamw"
+    """adamw is torch's; the others are bitsandbytes'."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay."""
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    """Decay of the first moment."""
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    """Decay of the second moment."""
+    adam_epsilon: float = Field(1e-8, gt=0)
+    """Added to the root of the second moment."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """The gradient is scaled down to this norm."""
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
+    """After the warm-up: constant, or down to 0 at the last step."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps over which the learning rate rises from 0."""
+    num_iterations: int = Field(1, ge=1, le=64)
+    """Updates on each step's rollouts. Above 1, old log-probabilities are read first (one more forward pass)."""
+
+
+class MemorySettings(Settings):
+    """What the memory plan may use, and knobs that you would rather set yourself. Unset: the plan chooses."""
+
+    card: str | None = None
+    """"16GiB", or a card's name ("RTX 4080"); unset: what this machine has."""
+    micro_batch_tokens: int | None = Field(None, ge=1)
+    """Tokens (prompt and response, padding included) of one forward and backward pass."""
+    gradient_checkpointing: bool | None = None
+    """Keep only each layer's input and compute the rest again in the backward pass."""
+    head_chunk: int | None = Field(None, ge=1)
+    """Tokens whose logits exist at the same time."""
+
+
+class EvalSettings(Settings):
+    """Held-out evaluation."""
+
+    every: int = Field(0, ge=0)
+    """Steps between two evaluations; there is always one before and one after. 0: only those."""
+    num_generations: int = Field(4, ge=1)
+    """Responses to each held-out prompt (pass@k up to this k)."""
+    limit: int = Field(64, ge=0)
+    """Most held-out prompts used. 0: no evaluation."""
+    temperature: float = Field(1.0, ge=0, le=5)
+    """0: greedy, one response."""
+
+
+class LogSettings(Settings):
+    """The run folder."""
+
+    dir: str | None = None
+    """Where everything of this run goes; unset: runs/<name>-<number>."""
+    save_steps: int = Field(25, ge=1)
+    """Steps between two checkpoints."""
+    save_total_limit: int = Field(3, ge=1)
+    """Checkpoints kept, the newest ones."""
+    completions: bool = True
+    """Keep every step's completions with their rewards."""
+
+
+class Run(Settings):
+    """Everything that decides a run."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Short name: of the run folder and of exported files."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Of sampling, data order and adapter initialisation."""
+    steps: int = Field(100, ge=1)
+    """Steps: sample, score, update."""
+    model: ModelSettings = ModelSettings()
+    adapter: AdapterSettings = AdapterSettings()
+    data: DataSettings
+    rewards: RewardSettings
+    algorithm: AnyAlgorithm
+    rollout: RolloutSettings = RolloutSettings()
+    optim: OptimSettings = OptimSettings()
+    memory: MemorySettings = MemorySettings()
+    eval: EvalSettings = EvalSettings()
+    log: LogSettings = LogSettings()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Run:
+        least = self.algorithm.group_size
+        if self.rollout.num_generations < least:
+            raise ValueError(
+                f"rollout.num_generations={self.rollout.num_generations} but {self.algorithm.name} compares rollouts of one prompt: at least {least}"
+            )
+        if self.rollout.temperature == 0:
+            raise ValueError("rollout.temperature=0 samples the same response every time, nothing can be learned: above 0, 1.0 is usual")
+        if not self.rewards.functions:
+            raise ValueError("rewards.functions is empty: name at least one, e.g. [[rewards.functions]] function = \"exact_answer\"")
+        return self
+
+    def dump(self) -> str:
+        """The whole of it as TOML, every default spelled out. What is unset (None) is left out: TOML has no null."""
+        return tomli_w.dumps(_without_none(self.model_dump(mode="json")))
+
+
+def load_run(preset: str | None = None, config: Path | None = None, overrides: Sequence[str] = ()) -> Run:
+    """Preset, then file, then overrides ("rollout.temperature=0.8"), each on top of the one before.
+
+    Raises UserError for an unknown preset, file or key (with the nearest valid one) or a value out of its bounds.
+    """
+    values: dict[str, Any] = {}
+    if preset is not None:
+        values = _merge(values, _read_toml(preset_path(preset)))
+    if config is not None:
+        values = _merge(values, _read_toml(config))
+    for line in overrides:
+        values = _merge(values, parse_override(line))
+    return build(values)
+
+
+def build(values: dict[str, Any]) -> Run:
+    """A `Run` from plain values, or one sentence about what is wrong with them."""
+    kind = (values.get("algorithm") or {}).get("name")
+    if kind is not None and kind not in ALGORITHMS:
+        raise UserError(f"algorithm.name = '{kind}': {nearest(str(kind), ALGORITHMS)}")
+    try:
+        return Run.model_validate(values)
+    except ValidationError as error:
+        for item in error.errors():
+            if kind is not None and item["loc"][:2] == ("algorithm", kind):        # the union's tag is no part of the key
+                item["loc"] = ("algorithm", *item["loc"][2:])
+        raise UserError(explain(error, known_keys(kind)).replace(f"algorithm.{kind}.", "algorithm.")) from None
+
+
+def parse_override(line: str) -> dict[str, Any]:
+    """One line of TOML; a bare word is taken as a string, because shells eat quotes.
+
+    >>> parse_override("rollout.temperature=0.8"), parse_override("algorithm.name=gdpo")
+    ({'rollout': {'temperature': 0.8}}, {'algorithm': {'name': 'gdpo'}})
+    """
+    key, found, value = line.partition("=")
+    if not found or not re.fullmatch(r"\s*[A-Za-z_][\w.-]*\s*", key):
+        raise UserError(f"'{line}' is no setting: write section.key=value, for example rollout.temperature=0.8")
+    try:
+        return tomllib.loads(line)
+    except tomllib.TOMLDecodeError as error:
+        if re.fullmatch(r"\s*[^\s\"'\[\]{}#]+\s*", value):
+            return tomllib.loads(f"{key} = '{value.strip()}'")
+        raise UserError(f"'{line}' is no line of TOML ({error}): strings with blanks need quotes, as in '{key.strip()}=\"two words\"'") from None
+
+
+def preset_folder() -> Path:
+    """Presets lie inside the installed package, or beside it in a checkout."""
+    inside = Path(__file__).parent / "presets"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "presets"
+
+
+def presets() -> dict[str, Path]:
+    """Every preset by name."""
+    return {path.stem: path for path in sorted(preset_folder().glob("*.toml"))}
+
+
+def preset_path(name: str) -> Path:
+    """Where a preset lies, or a UserError with the nearest name."""
+    found = presets()
+    if name not in found:
+        raise UserError(f"no preset '{name}': {nearest(name, found)}")
+    return found[name]
+
+
+def known_keys(algorithm: str | None = None) -> dict[str, list[str]]:
+    """Dotted section -> its keys, for hints; '' is the top."""
+    known: dict[str, list[str]] = {}
+
+    def walk(kind: type[BaseModel], place: str) -> None:
+        known[place] = list(kind.model_fields)
+        for name, item in kind.model_fields.items():
+            inner = item.annotation
+            if name == "algorithm" and not place:
+                inner = ALGORITHMS.get(algorithm or "")
+            if isinstance(inner, type) and issubclass(inner, BaseModel):
+                walk(inner, f"{place}.{name}".lstrip("."))
+
+    walk(Run, "")
+    return known
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"no file {path}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no valid TOML: {error}") from None
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Section by section; another algorithm starts afresh, because the old one's settings are not its own."""
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        if isinstance(old, dict) and isinstance(value, dict) and not (key == "algorithm" and value.get("name", old.get("name")) != old.get("name")):
+            merged[key] = _merge(old, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_none(v) for k, v in value.items() if v is not None}
+    return [_without_none(v) for v in value] if isinstance(value, list | tuple) else value

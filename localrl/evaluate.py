@@ -1,0 +1,99 @@
+"""Held-out rewards: the same questions, the same random numbers, before, during and after."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from localrl.batch import Prompt, Request, Rollout
+from localrl.config import EvalSettings, RolloutSettings
+
+EVAL_VERSION = 2**31 - 1
+"""Stands for the step in the random stream, so that every evaluation of a run draws the same numbers and none of training's."""
+
+
+class Samples(Protocol):
+    """What evaluation needs of an engine."""
+
+    def generate(self, requests: list[Request], version: int, settings: RolloutSettings | None = None) -> list[Rollout]: ...
+
+
+class Scores(Protocol):
+    """What it needs of the rewards."""
+
+    names: Sequence[str]
+    weights: Sequence[float]
+
+    def score(self, rollouts: list[Rollout]) -> list[Rollout]: ...
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One pass over the held-out prompts."""
+
+    metrics: dict[str, float]
+    rollouts: tuple[Rollout, ...]
+
+
+def evaluate(engine: Samples, rewards: Scores, prompts: Sequence[Prompt], settings: EvalSettings, rollout: RolloutSettings) -> Evaluation:
+    """Sample `num_generations` responses to each held-out prompt and score them.
+
+    Metrics: `eval/reward`, `eval/rewards/<name>/mean`, `eval/rewards/<name>/best@k` (the mean over prompts of the best of k: pass@k for a
+    reward of 0 or 1), each with its standard error `.../stderr` over prompts, `eval/completions/mean_length`, `eval/completions/done`.
+    """
+    count = 1 if settings.temperature == 0 else settings.num_generations
+    sampling = rollout.model_copy(update={"temperature": settings.temperature, "top_p": 1.0, "top_k": 0})
+    requests = [Request(prompt, sample) for prompt in prompts[: settings.limit] for sample in range(count)]
+    rollouts = rewards.score(engine.generate(requests, EVAL_VERSION, settings=sampling))
+    metrics: dict[str, float] = {}
+    totals = [total(r.rewards, rewards.weights) for r in rollouts]
+    _summarise(metrics, "eval/reward", totals, count)
+    for index, name in enumerate(rewards.names):
+        _summarise(metrics, f"eval/rewards/{name}", [r.rewards[index] for r in rollouts], count)
+    metrics["eval/completions/mean_length"] = sum(len(r.tokens) for r in rollouts) / len(rollouts)
+    metrics["eval/completions/done"] = sum(r.done for r in rollouts) / len(rollouts)
+    return Evaluation(metrics, tuple(rollouts))
+
+
+def total(rewards: Sequence[float], weights: Sequence[float]) -> float:
+    """The weighted sum of the rewards that apply; NaN if none does.
+
+    >>> total((1.0, float("nan")), (0.5, 1.0))
+    0.5
+    """
+    known = [w * r for r, w in zip(rewards, weights, strict=True) if not math.isnan(r)]
+    return sum(known) if known else math.nan
+
+
+def completion_rows(rollouts: Sequence[Rollout], names: Sequence[str], weights: Sequence[float]) -> list[dict[str, Any]]:
+    """Rollouts as plain rows, for the completions files."""
+    return [
+        {
+            "prompt_id": r.request.prompt.id,
+            "sample": r.request.sample,
+            "prompt": r.request.prompt.content,
+            "completion": r.text,
+            "tokens": len(r.tokens),
+            "done": r.done,
+            "rewards": dict(zip(names, r.rewards, strict=True)),
+            "reward": total(r.rewards, weights),
+        }
+        for r in rollouts
+    ]
+
+
+def _summarise(metrics: dict[str, float], name: str, values: Sequence[float], count: int) -> None:
+    """Mean over prompts (each prompt's own mean first), its standard error, and the best of each prompt's samples."""
+    per_prompt = [[v for v in values[i : i + count] if not math.isnan(v)] for i in range(0, len(values), count)]
+    means = [sum(group) / len(group) for group in per_prompt if group]
+    if not means:
+        metrics[name if name == "eval/reward" else f"{name}/mean"] = math.nan
+        return
+    mean = sum(means) / len(means)
+    spread = math.sqrt(sum((m - mean) ** 2 for m in means) / max(1, len(means) - 1) / len(means))
+    metrics[name if name == "eval/reward" else f"{name}/mean"] = mean
+    metrics[f"{name}/stderr"] = spread
+    if count > 1:
+        metrics[f"{name}/best@{count}"] = sum(max(group) for group in per_prompt if group) / len(means)

@@ -1,0 +1,215 @@
+"""The composition root: settings become a plan, a policy, an engine, a buffer and rewards, and those become a trained adapter.
+
+The only room that sees them all. Nothing is written before everything that can be checked has been.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from localrl.algorithms.base import Algorithm
+from localrl.batch import Request, collate
+from localrl.buffer import PromptStream, RolloutBuffer
+from localrl.config import Run
+from localrl.data import PromptData, load_prompts
+from localrl.engines.torch import TorchEngine
+from localrl.evaluate import EVAL_VERSION
+from localrl.folder import RunFolder, find_checkpoint, read_run
+from localrl.interrupt import Interrupts
+from localrl.memory.plan import MemoryPlan, make_plan
+from localrl.memory.shape import ModelShape
+from localrl.policy.load import load_tokenizer, model_path, pick_device, pick_dtype
+from localrl.policy.policy import Policy
+from localrl.record import Display, Recorder, read_trainer, restore_rng
+from localrl.rewards import Rewards
+from localrl.settings import UserError
+from localrl.train import Session, train
+
+CALIBRATION_GROUPS, CALIBRATION_SAMPLES = 32, 4
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What can be known and checked before a weight is loaded."""
+
+    run: Run
+    plan: MemoryPlan
+    tokenizer: Any
+    data: PromptData
+
+
+def anchor(run: Run, base: Path) -> Run:
+    """The same run with its local paths absolute, so that it can be resumed from anywhere."""
+
+    def absolute(path: str) -> str:
+        file, colon, rest = path.partition(":")
+        return f"{(base / file).resolve()}{colon}{rest}" if (base / file).exists() else path
+
+    specs = tuple(f.model_copy(update={"function": absolute(f.function)}) if ".py" in f.function else f for f in run.rewards.functions)
+    data = {name: absolute(value) for name in ("path", "eval_path") if (value := getattr(run.data, name))}
+    return run.model_copy(update={
+        "model": run.model.model_copy(update={"path": absolute(run.model.path) if run.model.path != "demo" else "demo"}),
+        "data": run.data.model_copy(update=data),
+        "rewards": run.rewards.model_copy(update={"functions": specs}),
+    })  # fmt: skip
+
+
+def plan_run(run: Run, card: str | None = None) -> MemoryPlan:
+    """What every phase will need, from the model's config alone."""
+    path, device = model_path(run.model), pick_device(run.model)
+    try:
+        config = AutoConfig.from_pretrained(path, revision=run.model.revision)
+    except (OSError, ValueError) as error:
+        raise UserError(f"no model config from model.path = '{run.model.path}': {str(error).splitlines()[0]}") from None
+    needs_critic = "value" in run.algorithm.reads_before | run.algorithm.reads_during
+    return make_plan(
+        ModelShape.read(config.to_dict()),
+        card_bytes=card or run.memory.card,
+        quantization=run.model.quantization,
+        compute_bytes=pick_dtype(run.model, device).itemsize,
+        lora_r=run.adapter.lora_r,
+        lora_targets=run.adapter.lora_target_modules,
+        critic=needs_critic,
+        optimizer=run.optim.optimizer,
+        prompts_per_step=run.rollout.prompts_per_step,
+        num_generations=run.rollout.num_generations,
+        max_prompt_length=run.data.max_prompt_length,
+        max_completion_length=run.rollout.max_completion_length,
+        gradient_checkpointing=run.memory.gradient_checkpointing,
+        micro_batch_tokens=run.memory.micro_batch_tokens,
+        concurrent=run.rollout.concurrent,
+        head_chunk=run.memory.head_chunk,
+        reference="ref" in run.algorithm.reads_before | run.algorithm.reads_during,
+        device=device.type,
+    )
+
+
+def prepare(run: Run, say: Callable[[str], None]) -> Prepared:
+    """Everything short of loading weights: the plan must fit, the data must read, the rewards must answer."""
+    plan = plan_run(run)
+    plan.check()
+    tokenizer = load_tokenizer(run.model)
+    data = load_prompts(run.data, tokenizer, run.seed, Path.cwd())
+    for note in data.notes:
+        say(note)
+    if len(data.train) < run.rollout.prompts_per_step:
+        say(f"{len(data.train)} training prompts for rollout.prompts_per_step={run.rollout.prompts_per_step}: prompts will repeat within a step")
+    return Prepared(run, plan, tokenizer, data)
+
+
+@contextmanager
+def open_rewards(run: Run, data: PromptData) -> Iterator[Rewards]:
+    """The reward workers, up and checked against the data's columns."""
+    with Rewards(run.rewards, Path.cwd()) as rewards:
+        rewards.check_columns(set(data.columns))
+        yield rewards
+
+
+def assemble(prepared: Prepared, rewards: Rewards, algorithm: Algorithm | None = None) -> Session:
+    """Load the model and put a session together."""
+    run, plan = prepared.run, prepared.plan
+    algorithm = algorithm or run.algorithm
+    policy = Policy.create(
+        run, critic="value" in algorithm.reads_before | algorithm.reads_during,
+        checkpointing=plan.gradient_checkpointing, head_chunk=plan.head_chunk,
+    )  # fmt: skip
+    sampling = run.rollout.model_copy(update={"concurrent": plan.concurrent})
+    engine = TorchEngine(policy.model, policy.tokenizer, sampling, run.seed)
+    stream = PromptStream(prepared.data.train, run.seed, run.data.shuffle)
+    buffer = RolloutBuffer(stream, run.rollout.prompts_per_step, run.rollout.num_generations)
+    return Session(run, algorithm, policy, engine, buffer, rewards, plan)
+
+
+def calibrate(session: Session, prepared: Prepared) -> Algorithm:
+    """What the algorithm wants to know of the untrained policy: some groups of training prompts, sampled and read once."""
+    prompts = prepared.data.train[:CALIBRATION_GROUPS]
+    requests = [Request(prompt, sample) for prompt in prompts for sample in range(CALIBRATION_SAMPLES)]
+    rollouts = session.engine.generate(requests, EVAL_VERSION - 1)
+    batch = collate(rollouts, (), session.run.rollout.max_completion_length).to(session.policy.device)
+    readout = session.policy.read_whole(batch, session.algorithm.calibrates, session.plan.split(batch.sequence_length))
+    return session.algorithm.calibrate(batch, readout)
+
+
+def train_run(run: Run, display: Display) -> Path:
+    """A new run, from its settings to its last checkpoint. Returns the run folder; after Ctrl-C it is resumable.
+
+    Raises UserError before anything is written if the run cannot work.
+    """
+    run = anchor(run, Path.cwd())
+    path = Path(run.log.dir).expanduser().resolve() if run.log.dir else next_folder(run.name)
+    RunFolder.refuse_if_used(path)
+    prepared = prepare(run, display.say)
+    with open_rewards(run, prepared.data) as rewards:
+        display.phase("load")
+        session = assemble(prepared, rewards)
+        folder = RunFolder.create(path, run)
+        display.say(f"run folder: {path}")
+        (path / "plan.json").write_text(prepared.plan.to_json())
+        if session.algorithm.calibrates:
+            display.phase("calibration")
+            session = replace(session, algorithm=calibrate(session, prepared))
+            changed = {k: v for k, v in session.algorithm.model_dump().items() if v != getattr(run.algorithm, k)}
+            display.say("measured on the untrained model: " + ", ".join(f"algorithm.{k} = {v:.3g}" for k, v in changed.items()))
+        return _go(session, folder, prepared, display, fresh=True)
+
+
+def resume_run(path: Path, display: Display, steps: int | None = None) -> Path:
+    """Go on from a run folder's newest checkpoint, or from the checkpoint named: to the same numbers as if it had never stopped.
+
+    `steps` may lengthen the run.
+    """
+    path, checkpoint = find_checkpoint(path)
+    step, buffer, algorithm = read_trainer(checkpoint)
+    run = read_run(path)
+    if steps is not None:
+        run = run.model_copy(update={"steps": steps})
+    if step >= run.steps:
+        raise UserError(f"{path} has done its {run.steps} steps: lengthen it with `localrl resume {path} --steps {run.steps * 2}`, or export it")
+    folder = RunFolder.reopen(path)
+    prepared = prepare(run, display.say)
+    with open_rewards(run, prepared.data) as rewards:
+        display.phase("load")
+        session = assemble(prepared, rewards, algorithm)
+        session.policy.load(checkpoint)
+        session.buffer.restore(buffer)
+        restore_rng(checkpoint)
+        folder.rewind(step)
+        display.say(f"resumed {path} after step {step}")
+        return _go(session, folder, prepared, display, fresh=False)
+
+
+def _go(session: Session, folder: RunFolder, prepared: Prepared, display: Display, *, fresh: bool) -> Path:
+    recorder = Recorder(session, folder, prepared.data.eval, display)
+    try:
+        with Interrupts() as interrupts:
+            recorder.beat("running")
+            if fresh and session.run.eval.limit and prepared.data.eval:
+                recorder.evaluate(0)
+            train(session, recorder, interrupts)
+        recorder.beat("finished")
+    except KeyboardInterrupt:
+        recorder.checkpoint()
+        recorder.beat("stopped", "interrupted")
+        display.say(f"stopped after step {session.policy.step}; go on with `localrl resume {folder.path}`")
+        raise
+    except BaseException as error:
+        recorder.beat("failed", f"{type(error).__name__}: {error}")
+        raise
+    finally:
+        folder.close()
+    return folder.path
+
+
+def next_folder(name: str) -> Path:
+    """runs/<name>-001, or the next number that is free."""
+    base = Path.cwd() / "runs"
+    number = 1
+    while (base / f"{name}-{number:03d}").exists():
+        number += 1
+    return base / f"{name}-{number:03d}"
