@@ -1,0 +1,265 @@
+"""The command line: parse, call, print."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.panel import Panel
+from rich.table import Table
+
+from localrl.quiet import quiet_libraries
+from localrl.settings import UserError
+
+app = typer.Typer(
+    name="localrl",
+    help="Teach a language model with rewards, on your own desktop GPU.\n\n"
+    "Start with [bold]localrl demo[/bold]: a few minutes on any machine. Then [bold]localrl presets[/bold], "
+    "[bold]localrl plan --preset qwen3-8b-16gb[/bold], [bold]localrl train --preset ... data.path=my.jsonl[/bold].",
+    rich_markup_mode="rich",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Overrides, each a line of TOML: rollout.temperature=0.8", show_default=False)]
+Preset = Annotated[str | None, typer.Option("--preset", "-p", help="One of `localrl presets`.")]
+Config = Annotated[Path | None, typer.Option("--config", "-c", help="A TOML file; on top of the preset.")]
+RunPath = Annotated[Path, typer.Argument(help="Run folder, or one of its checkpoint-N folders.", show_default=False)]
+
+
+def main() -> None:
+    """Entry point. What a person can put right ends in one sentence and exit code 2; Ctrl-C in 130; all else is a bug and shows."""
+    quiet_libraries()
+    try:
+        code = app(standalone_mode=False)
+    except UserError as error:
+        Console(stderr=True).print(f"[bold red]localrl:[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        code = 2
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        code = 130
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+@app.command()
+def train(
+    overrides: Overrides = None,
+    preset: Preset = None,
+    config: Config = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything short of loading weights, show the plan, write nothing.")] = False,
+) -> None:
+    """Train an adapter: sample, score, update; evaluate before and after; checkpoint on the way.
+
+    Without a preset or config it trains the embedded demo model. Examples:
+
+      localrl train --preset qwen3-8b-16gb data.path=my.jsonl rewards.functions='[{function="reward.py:score"}]'
+
+      localrl train --config mine.toml rollout.temperature=0.8 algorithm.name=gdpo --dry-run
+    """
+    from localrl.config import load_run
+    from localrl.run import anchor, check_run, train_run
+
+    run = load_run(preset or (None if config else "demo"), config, overrides or [])
+    if dry_run:
+        prepared = check_run(anchor(run, Path.cwd()), _say)
+        _show_plan(prepared.plan)
+        sample = prepared.data.train[0]
+        _say(f"{len(prepared.data.train)} training prompts, {len(prepared.data.eval)} held out; the first one as the model sees it ({len(sample.tokens)} tokens):")
+        console.print(Panel(escape(prepared.tokenizer.decode(list(sample.tokens))), border_style="dim"))
+        _say("all checks passed; nothing was written")
+        return
+    from localrl.display import Progress
+
+    with Progress(console) as display:
+        path = train_run(run, display)
+    _after(path)
+
+
+@app.command()
+def resume(path: RunPath, steps: Annotated[int | None, typer.Option("--steps", help="Lengthen the run to this many steps.", min=1)] = None) -> None:
+    """Go on with a run that was stopped or killed, from its newest checkpoint, to the same numbers as if it had never stopped."""
+    from localrl.display import Progress
+    from localrl.run import resume_run
+
+    with Progress(console) as display:
+        folder = resume_run(path, display, steps)
+    _after(folder)
+
+
+@app.command()
+def plan(
+    overrides: Overrides = None,
+    preset: Preset = None,
+    config: Config = None,
+    card: Annotated[str | None, typer.Option("--card", help='"16GiB", "RTX 4080", or several with commas: "8GiB,12GiB,16GiB".')] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """What every phase of a run will need, before anything loads; from the model's config alone."""
+    from localrl.config import load_run
+    from localrl.run import plan_run
+
+    run = load_run(preset or (None if config else "demo"), config, overrides or [])
+    cards = [c.strip() for c in card.split(",")] if card else [None]
+    plans = [plan_run(run, c) for c in cards]
+    if as_json:
+        print(json.dumps([json.loads(p.to_json()) for p in plans] if len(plans) > 1 else json.loads(plans[0].to_json()), indent=2))
+        return
+    if len(plans) > 1:
+        from localrl.memory.show import cards_table
+
+        console.print(cards_table(plans))
+        return
+    _show_plan(plans[0])
+    plans[0].check()
+
+
+@app.command(name="eval")
+def evaluate(
+    path: RunPath,
+    overrides: Overrides = None,
+    base: Annotated[bool, typer.Option("--base", help="Evaluate the untrained base instead.")] = False,
+) -> None:
+    """Held-out rewards of a run's newest checkpoint (or the one named), sampled with the training model."""
+    from localrl.display import Progress
+    from localrl.run import evaluate_run
+
+    with Progress(console) as display:
+        result = evaluate_run(path, display, overrides or [], base)
+    table = Table("metric", "value", title=f"held-out evaluation of {path}{' (base)' if base else ''}")
+    for name, value in result.metrics.items():
+        table.add_row(name, f"{value:.4f}")
+    console.print(table)
+
+
+@app.command()
+def export(
+    path: RunPath,
+    what: Annotated[str, typer.Option("--what", help="merged (one file), adapter (needs its base), or base.")] = "merged",
+    dtype: Annotated[str, typer.Option("--type", help="f16, q8_0 or f32.")] = "f16",
+    out: Annotated[Path | None, typer.Option("--out", help="Folder; by default export/ in the run folder.")] = None,
+) -> None:
+    """Write GGUF for llama.cpp, load it back there, and compare it with the trained model before saying done."""
+    from localrl.display import Progress
+    from localrl.run import export_run
+
+    with Progress(console) as display:
+        done = export_run(path, display, what=what, dtype=dtype, out=out)
+    table = Table("check", "found", "limit", "", title=f"self-check of {done.path.name}")
+    for row in done.report.rows():
+        table.add_row(*[str(cell) for cell in row])
+    console.print(table)
+    _say(f"done: {done.path}")
+    _say(f"talk to it: localrl chat {done.path}")
+
+
+@app.command()
+def chat(
+    model: Annotated[Path, typer.Argument(help="GGUF file, or a run folder (its newest export).")],
+    adapter: Annotated[Path | None, typer.Option("--adapter", help="Adapter GGUF on top of a base GGUF.")] = None,
+    system: Annotated[str | None, typer.Option("--system", help="System prompt.")] = None,
+    temperature: Annotated[float, typer.Option(min=0)] = 0.7,
+    seed: Annotated[int, typer.Option()] = 0,
+    max_tokens: Annotated[int, typer.Option(min=1)] = 512,
+    prompt: Annotated[str | None, typer.Option("--prompt", help="Ask this one thing and leave.")] = None,
+) -> None:
+    """Talk to an exported model through llama.cpp. /reset starts afresh, /undo takes the last turn back, /quit leaves."""
+    from localrl.talk import talk
+
+    talk(console, _gguf_of(model), adapter, system=system, temperature=temperature, seed=seed, max_tokens=max_tokens, prompt=prompt)
+
+
+@app.command()
+def compare(
+    path: Annotated[Path, typer.Argument(help="Run folder with an export, for prompts and rewards.")],
+    prompts: Annotated[int, typer.Option("--prompts", help="Held-out prompts to answer.", min=1)] = 8,
+    temperature: Annotated[float, typer.Option(min=0)] = 0.0,
+    seed: Annotated[int, typer.Option()] = 0,
+    out: Annotated[Path | None, typer.Option("--out", help="Also write the rows as JSONL.")] = None,
+) -> None:
+    """Base against trained, the same held-out prompts and seed, rewards beside each answer; through llama.cpp."""
+    from localrl.display import Progress
+    from localrl.run import compare_run
+    from localrl.talk import comparison_table
+
+    with Progress(console) as display:
+        rows = compare_run(path, display, count=prompts, temperature=temperature, seed=seed)
+    console.print(comparison_table(rows))
+    if out is not None:
+        out.write_text("".join(json.dumps(row.to_dict(), ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+@app.command()
+def presets(name: Annotated[str | None, typer.Argument(help="Print this one.")] = None) -> None:
+    """List the presets, or print one."""
+    from localrl.config import load_run
+    from localrl.config import presets as every
+    from localrl.config import preset_path
+
+    if name is not None:
+        print(preset_path(name).read_text("utf-8"), end="")
+        return
+    table = Table("preset", "model", "quantisation", "algorithm", "card", "group", "completion")
+    for preset in every():
+        run = load_run(preset)
+        table.add_row(preset, run.model.path, run.model.quantization, run.algorithm.name, run.memory.card or "this machine",
+                      f"{run.rollout.prompts_per_step} x {run.rollout.num_generations}", f"{run.rollout.max_completion_length} tokens")
+    console.print(table)
+
+
+@app.command()
+def doctor() -> None:
+    """What this machine has, what works, and what it means for training."""
+    from localrl.doctor import diagnose, show
+
+    findings = diagnose()
+    console.print(show(findings))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path | None, typer.Option("--out", help="Run folder; by default runs/demo-N.")] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    overrides: Overrides = None,
+) -> None:
+    """Train the embedded model on sums, export it, and show before and after: a few minutes on two CPU cores."""
+    from localrl.demo.show import run_demo
+
+    run_demo(console, out, seed, overrides or [])
+
+
+def _gguf_of(path: Path) -> Path:
+    """A GGUF file itself, or a run folder's newest export."""
+    if path.is_dir():
+        found = sorted((path / "export").glob("*merged*.gguf"), key=lambda p: p.stat().st_mtime)
+        if not found:
+            raise UserError(f"{path} holds no exported model: run `localrl export {path}` first")
+        return found[-1]
+    return path
+
+
+def _after(path: Path) -> None:
+    _say(f"next: localrl export {path}")
+
+
+def _show_plan(plan: Any) -> None:
+    from localrl.memory.show import plan_table
+
+    console.print(plan_table(plan))
+
+
+def _say(text: str) -> None:
+    console.print(escape(text), highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""What a person sees of a run in the terminal: one live line, and sentences above it."""
+
+from __future__ import annotations
+
+import math
+import time
+from types import TracebackType
+from typing import Self
+
+import psutil
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+QUIET_SECONDS = 20.0
+"""Without a terminal (a log file) a line is printed at most this often."""
+
+
+class Progress:
+    """A bar over the steps with ETA, reward, entropy, tokens/s and memory; in a log file, a line now and then. (`localrl.record.Display`.)"""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._bar = Bar(
+            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[numbers]}"),
+            TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn(), console=console, transient=False, disable=not console.is_terminal,
+        )  # fmt: skip
+        self._task = self._bar.add_task("starting", total=None, numbers="")
+        self._printed = 0.0
+        self._phase = "starting"
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bar.stop()
+
+    def say(self, text: str) -> None:
+        """A sentence, above the bar."""
+        self.console.print(escape(text), highlight=False, soft_wrap=True)
+
+    def phase(self, name: str) -> None:
+        """What is going on now."""
+        self._phase = name
+        self._bar.update(self._task, description=name)
+
+    def part(self, done: int, total: int) -> None:
+        """How far the phase is."""
+        self._bar.update(self._task, description=f"{self._phase} {done}/{total}")
+
+    def step(self, step: int, steps: int, metrics: dict[str, float]) -> None:
+        """One more step is done."""
+        numbers = summary(metrics)
+        self._bar.update(self._task, completed=step, total=steps, numbers=numbers)
+        if not self.console.is_terminal and (time.time() - self._printed > QUIET_SECONDS or step == steps):
+            self._printed = time.time()
+            self.say(f"step {step}/{steps}  {numbers}")
+
+
+def summary(metrics: dict[str, float]) -> str:
+    """The few numbers that a person watches.
+
+    >>> summary({"reward": 0.5, "entropy": 0.3, "tokens_per_second/rollout": 1234.0, "time/step": 2.0}).split("  ")[:3]
+    ['reward 0.500', 'entropy 0.30', '1,234 tok/s']
+    """
+    reward = metrics.get("reward", math.nan)
+    parts = [
+        f"reward {reward:.3f}" if not math.isnan(reward) else "no reward",
+        f"entropy {metrics.get('entropy', math.nan):.2f}",
+        f"{metrics.get('tokens_per_second/rollout', math.nan):,.0f} tok/s",
+        f"{memory_now(metrics):.1f} GiB",
+    ]
+    return "  ".join(parts)
+
+
+def memory_now(metrics: dict[str, float]) -> float:
+    """GiB: the step's peak on the GPU, or this process's resident memory."""
+    peaks = [v for k, v in metrics.items() if k.startswith("memory/")]
+    return (max(peaks) if peaks else psutil.Process().memory_info().rss) / 2**30

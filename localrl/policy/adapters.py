@@ -1,0 +1,54 @@
+"""Three models out of one base: which adapter is on while a piece of code runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+
+@contextmanager
+def using(model: nn.Module, adapter: str | None) -> Iterator[None]:
+    """Run with one adapter on, or with none (the reference). Leaves everything as it was.
+
+    PEFT's own `set_adapter` also switches `requires_grad` of the other adapters off, which must not happen between the forward and
+    the backward pass of two adapters; so only the choice is changed here.
+    """
+    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+    before = [(m._active_adapter, m._disable_adapters) for m in layers]
+    try:
+        for layer in layers:
+            layer._disable_adapters = adapter is None
+            if adapter is not None:
+                layer._active_adapter = [adapter]
+        yield
+    finally:
+        for layer, (active, disabled) in zip(layers, before, strict=True):
+            layer._active_adapter, layer._disable_adapters = active, disabled
+
+
+def active(model: nn.Module) -> str | None:
+    """The adapter that is on, None if none is."""
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer):
+            return None if layer._disable_adapters else list(layer.active_adapters)[0]
+    return None
+
+
+def checkpoint_layers(model: Any, on: bool) -> None:
+    """Gradient checkpointing on or off: keep each layer's input, compute the rest again in the backward pass.
+
+    The second computation happens when another adapter may be on (policy and critic share the base), so it restores the first one's.
+    """
+    base = model.get_base_model()
+    if not on:
+        base.activation_checkpointing_disable()
+        return
+
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), using(model, active(model))
+
+    base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False, "context_fn": contexts})

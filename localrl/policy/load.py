@@ -1,0 +1,142 @@
+"""From a folder or a hub id to a frozen base with fresh adapters, safe to sample from and to train in turn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from localrl.config import AdapterSettings, ModelSettings
+from localrl.settings import UserError
+
+DEMO_MODEL = Path(__file__).parent.parent / "demo" / "model"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+ADAPTER = "policy"
+CRITIC = "critic"
+
+
+def model_path(settings: ModelSettings) -> str:
+    """A folder if there is one of that name, the embedded model for "demo", else the hub id as it stands."""
+    if settings.path == "demo":
+        return str(DEMO_MODEL)
+    folder = Path(settings.path).expanduser()
+    if folder.is_dir():
+        return str(folder)
+    if folder.is_absolute() or settings.path.startswith((".", "~")) or settings.path.count("/") > 1:
+        raise UserError(f"model.path = '{settings.path}': no such folder (a hub id looks like 'Qwen/Qwen3-4B')")
+    return settings.path
+
+
+def pick_device(settings: ModelSettings) -> torch.device:
+    """The device that "auto" means on this machine."""
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("model.device = 'cuda' but torch sees no CUDA device; `localrl doctor` tells why, model.device=cpu trains without one")
+    return torch.device("cpu" if settings.device == "cpu" or not torch.cuda.is_available() else "cuda")
+
+
+def pick_dtype(settings: ModelSettings, device: torch.device) -> torch.dtype:
+    """Of activations: float32 on a CPU, bfloat16 on a GPU that has it, else float16, unless the settings name one."""
+    if settings.compute_dtype != "auto":
+        dtype = getattr(torch, settings.compute_dtype)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+def load_tokenizer(settings: ModelSettings) -> Any:
+    """The model's own tokenizer, never anything that a repository would like to execute."""
+    path = model_path(settings)
+    if Path(path).is_dir() and not any((Path(path) / name).exists() for name in TOKENIZER_FILES):
+        raise UserError(f"{path} holds no tokenizer ({', '.join(TOKENIZER_FILES[:2])}): copy the tokenizer files of its base model there")
+    try:
+        return AutoTokenizer.from_pretrained(path, revision=settings.revision)
+    except (OSError, ValueError) as error:
+        raise UserError(f"no tokenizer from model.path = '{settings.path}': {_first_line(error)}") from None
+
+
+def load_base(settings: ModelSettings) -> nn.Module:
+    """The frozen base, quantised as asked, in training mode without dropout, on its device. Raises UserError if it cannot be had."""
+    path, device = model_path(settings), pick_device(settings)
+    dtype = pick_dtype(settings, device)
+    if Path(path).is_dir() and not (Path(path) / "config.json").exists():
+        raise UserError(f"{path} holds no config.json: it is no model folder")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, revision=settings.revision, dtype=dtype, quantization_config=_quantization(settings, dtype), device_map={"": device}
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise UserError(f"model.path = '{settings.path}' cannot be loaded: {_first_line(error)}") from None
+    model.config.use_cache = False
+    return freeze(model)
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """Nothing of the base learns, nothing drops out, nothing is repacked. Returns the same module, for good in training mode.
+
+    In evaluation mode on a CPU with AVX512-BF16, bitsandbytes repacks 4-bit weights in place at the first call without gradient;
+    its packed kernel has no autograd, so that every later gradient is wrong without a word. Training mode alone prevents it (transformers'
+    own `generate` does not change the mode), the flag prevents it even for somebody who calls `eval()`.
+    """
+    model.requires_grad_(False)
+    model.train()
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "dropout", "attn_dropout", "resid_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+    return model
+
+
+def attach(base: nn.Module, settings: AdapterSettings, seed: int, critic: bool = False) -> Any:
+    """The base with a fresh float32 adapter "policy", and a second one, "critic", if asked. Returns a PeftModel; B starts at 0.
+
+    Raises UserError for target modules that the model does not have.
+    """
+    torch.manual_seed(seed)
+    targets: Any = settings.lora_target_modules
+    config = LoraConfig(
+        r=settings.lora_r,
+        lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        use_rslora=settings.use_rslora,
+        lora_dropout=0.0,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        model = get_peft_model(base, config, adapter_name=ADAPTER)
+    except ValueError as error:
+        names = sorted({name.rsplit(".", 1)[-1] for name, m in base.named_modules() if isinstance(m, nn.Linear)})
+        raise UserError(f"adapter.lora_target_modules = {list(targets)}: {_first_line(error)} (this model's linear layers: {', '.join(names)})") from None
+    if critic:
+        model.add_adapter(CRITIC, config)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+    model.train()
+    return model
+
+
+def _quantization(settings: ModelSettings, dtype: torch.dtype) -> Any:
+    if settings.quantization == "nf4":
+        return BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
+    return BitsAndBytesConfig(load_in_8bit=True) if settings.quantization == "int8" else None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
