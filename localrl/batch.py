@@ -28,7 +28,7 @@ class Prompt:
     tokens: tuple[int, ...]
     """Rendered and tokenised, chat template included."""
     content: str | list[Message]
-    """As the data file has it: text, or chat messages."""
+    """As the data file has it, with the system prompt if there is one: text, or chat messages."""
     columns: Mapping[str, Any] = field(default_factory=dict)
 
 

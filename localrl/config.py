@@ -6,7 +6,7 @@ import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 import tomli_w
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
@@ -208,10 +208,7 @@ def build(values: dict[str, Any]) -> Run:
     try:
         return Run.model_validate(values)
     except ValidationError as error:
-        for item in error.errors():
-            if kind is not None and item["loc"][:2] == ("algorithm", kind):        # the union's tag is no part of the key
-                item["loc"] = ("algorithm", *item["loc"][2:])
-        raise UserError(explain(error, known_keys(kind)).replace(f"algorithm.{kind}.", "algorithm.")) from None
+        raise UserError(explain(error, known_keys(kind), frozenset({kind} if kind else ()))) from None
 
 
 def parse_override(line: str) -> dict[str, Any]:
@@ -242,6 +239,12 @@ def presets() -> dict[str, Path]:
     return {path.stem: path for path in sorted(preset_folder().glob("*.toml"))}
 
 
+def preset_model_config(path: str) -> Path | None:
+    """The `config.json` of a preset's model, which travels with the presets so that a plan needs no network. None: not one of them."""
+    file = preset_folder() / "models" / f"{path.replace('/', '--')}.json"
+    return file if file.is_file() else None
+
+
 def preset_path(name: str) -> Path:
     """Where a preset lies, or a UserError with the nearest name."""
     found = presets()
@@ -257,7 +260,7 @@ def known_keys(algorithm: str | None = None) -> dict[str, list[str]]:
     def walk(kind: type[BaseModel], place: str) -> None:
         known[place] = list(kind.model_fields)
         for name, item in kind.model_fields.items():
-            inner = item.annotation
+            inner = next(iter(get_args(item.annotation)), item.annotation) if get_origin(item.annotation) is tuple else item.annotation
             if name == "algorithm" and not place:
                 inner = ALGORITHMS.get(algorithm or "")
             if isinstance(inner, type) and issubclass(inner, BaseModel):
@@ -276,12 +279,20 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is no valid TOML: {error}") from None
 
 
+OF_ONE_DATA_SET = ("subset", "split", "eval_path", "eval_split", "rename", "prompt_column")
+"""What describes one data file: another `data.path` starts these afresh."""
+
+
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Section by section; another algorithm starts afresh, because the old one's settings are not its own."""
+    """Section by section, the upper value wins. Another algorithm, or another data file, does not inherit what was said of the old one."""
     merged = dict(below)
     for key, value in above.items():
         old = merged.get(key)
-        if isinstance(old, dict) and isinstance(value, dict) and not (key == "algorithm" and value.get("name", old.get("name")) != old.get("name")):
+        if isinstance(old, dict) and isinstance(value, dict):
+            if key == "algorithm" and value.get("name", old.get("name")) != old.get("name"):
+                old = {}
+            if key == "data" and value.get("path", old.get("path")) != old.get("path"):
+                old = {k: v for k, v in old.items() if k not in OF_ONE_DATA_SET}
             merged[key] = _merge(old, value)
         else:
             merged[key] = value

@@ -34,21 +34,23 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
 
 
-def explain(error: ValidationError, known_at: dict[str, list[str]] | None = None) -> str:
+def explain(error: ValidationError, known_at: dict[str, list[str]], hidden: frozenset[str] = frozenset()) -> str:
     """One sentence out of pydantic's report: where, what stands there, what is allowed.
 
-    `known_at` maps a dotted section ('' for the top) to its valid keys, for the hint at an unknown key.
+    `known_at` maps a dotted section ('' for the top, list positions left out) to its valid keys, for the hint at an unknown key. `hidden`:
+    parts of a place that pydantic adds but nobody wrote (the tag of a union).
     """
     sentences = []
     for item in error.errors():
-        place = [str(part) for part in item["loc"]]
+        place = [str(part) for part in item["loc"] if part not in hidden]
+        where = ".".join(place)
         if item["type"] == "extra_forbidden":
-            section, key = ".".join(place[:-1]), place[-1]
-            hint = nearest(key, (known_at or {}).get(section, [])) if (known_at or {}).get(section) else "remove it"
-            sentences.append(f"unknown key '{'.'.join(place)}': {hint}")
+            section = ".".join(part for part in place[:-1] if not part.isdigit())
+            sentences.append(f"unknown key '{where}': {nearest(place[-1], known_at[section]) if section in known_at else 'remove it'}")
         elif item["type"] == "missing":
-            sentences.append(f"{'.'.join(place)} is missing")
+            sentences.append(f"{where} is missing")
+        elif not place:
+            sentences.append(item["msg"].removeprefix("Value error, "))
         else:
-            value = repr(item.get("input"))
-            sentences.append(f"{'.'.join(place) or 'settings'} = {value[:80]}: {item['msg'].removeprefix('Value error, ')}")
+            sentences.append(f"{where} = {repr(item.get('input'))[:80]}: {item['msg'].removeprefix('Value error, ')}")
     return "; ".join(sentences)
