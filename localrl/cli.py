@@ -131,7 +131,7 @@ def evaluate(
 ) -> None:
     """Held-out rewards of a run's newest checkpoint (or the one named), sampled with the training model."""
     from localrl.display import Progress
-    from localrl.run import evaluate_run
+    from localrl.outcome import evaluate_run
 
     with Progress(console) as display:
         result = evaluate_run(path, display, overrides or [], base)
@@ -150,7 +150,7 @@ def export(
 ) -> None:
     """Write GGUF for llama.cpp, load it back there, and compare it with the trained model before saying done."""
     from localrl.display import Progress
-    from localrl.run import export_run
+    from localrl.outcome import export_run
 
     with Progress(console) as display:
         done = export_run(path, display, what=what, dtype=dtype, out=out)
@@ -188,12 +188,12 @@ def compare(
 ) -> None:
     """Base against trained, the same held-out prompts and seed, rewards beside each answer; through llama.cpp."""
     from localrl.display import Progress
-    from localrl.run import compare_run
+    from localrl.outcome import compare_run
     from localrl.talk import comparison_table
 
     with Progress(console) as display:
-        rows = compare_run(path, display, count=prompts, temperature=temperature, seed=seed)
-    console.print(comparison_table(rows))
+        rows, names = compare_run(path, display, count=prompts, temperature=temperature, seed=seed)
+    console.print(comparison_table(rows, names))
     if out is not None:
         out.write_text("".join(json.dumps(row.to_dict(), ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 

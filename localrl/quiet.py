@@ -12,5 +12,7 @@ def quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)     # "inputs will be cast to float16", at every call
+    for name in ("autograd._functions", "backends.cpu.ops"):         # "inputs will be cast to float16" at every call; an optional kernel package
+        logging.getLogger(f"bitsandbytes.{name}").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*MatMul8bitLt.*")
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")         # peft asks transformers so

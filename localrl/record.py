@@ -51,7 +51,7 @@ class Recorder:
         """A step is done: write it down and look at it."""
         run, rewards = self.session.run, self.session.rewards
         report = rewards.report()
-        metrics |= report.metrics
+        metrics |= report.metrics()
         for text in (*report.messages, *self.health.look(metrics)):
             self.display.say(text)
         self.folder.append("metrics.jsonl", {**metrics, "timestamp": time.time()})

@@ -5,6 +5,7 @@ The only room that sees them all. Nothing is written before everything that can 
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,11 +17,11 @@ from transformers import AutoConfig
 from localrl.algorithms.base import Algorithm
 from localrl.batch import Request, collate
 from localrl.buffer import PromptStream, RolloutBuffer
-from localrl.config import Run
-from localrl.data import PromptData, load_prompts
+from localrl.config import Run, preset_model_config
+from localrl.data import DataSettings, PromptData, load_prompts
 from localrl.engines.torch import TorchEngine
 from localrl.evaluate import EVAL_VERSION
-from localrl.folder import RunFolder, find_checkpoint, read_run
+from localrl.folder import RunFolder, find_checkpoint, read_run, write_whole
 from localrl.interrupt import Interrupts
 from localrl.memory.plan import MemoryPlan, make_plan
 from localrl.memory.shape import ModelShape
@@ -32,6 +33,8 @@ from localrl.settings import UserError
 from localrl.train import Session, train
 
 CALIBRATION_GROUPS, CALIBRATION_SAMPLES = 32, 4
+REWARD_LOG = "rewards.log"
+DEMO_DATA = Path(__file__).parent / "demo" / "data"
 
 
 @dataclass(frozen=True)
@@ -48,28 +51,32 @@ def anchor(run: Run, base: Path) -> Run:
     """The same run with its local paths absolute, so that it can be resumed from anywhere."""
 
     def absolute(path: str) -> str:
+        if path == "demo":
+            return path
         file, colon, rest = path.partition(":")
         return f"{(base / file).resolve()}{colon}{rest}" if (base / file).exists() else path
 
     specs = tuple(f.model_copy(update={"function": absolute(f.function)}) if ".py" in f.function else f for f in run.rewards.functions)
     data = {name: absolute(value) for name in ("path", "eval_path") if (value := getattr(run.data, name))}
     return run.model_copy(update={
-        "model": run.model.model_copy(update={"path": absolute(run.model.path) if run.model.path != "demo" else "demo"}),
+        "model": run.model.model_copy(update={"path": absolute(run.model.path)}),
         "data": run.data.model_copy(update=data),
         "rewards": run.rewards.model_copy(update={"functions": specs}),
     })  # fmt: skip
 
 
+def with_demo_data(data: DataSettings) -> DataSettings:
+    """"demo" stands for the embedded task's files."""
+    files = {name: str(DEMO_DATA / file) for name, file in (("path", "train.jsonl"), ("eval_path", "eval.jsonl")) if getattr(data, name) == "demo"}
+    return data.model_copy(update=files)
+
+
 def plan_run(run: Run, card: str | None = None) -> MemoryPlan:
     """What every phase will need, from the model's config alone."""
-    path, device = model_path(run.model), pick_device(run.model)
-    try:
-        config = AutoConfig.from_pretrained(path, revision=run.model.revision)
-    except (OSError, ValueError) as error:
-        raise UserError(f"no model config from model.path = '{run.model.path}': {str(error).splitlines()[0]}") from None
+    device = pick_device(run.model)
     needs_critic = "value" in run.algorithm.reads_before | run.algorithm.reads_during
     return make_plan(
-        ModelShape.read(config.to_dict()),
+        ModelShape.read(_model_config(run)),
         card_bytes=card or run.memory.card,
         quantization=run.model.quantization,
         compute_bytes=pick_dtype(run.model, device).itemsize,
@@ -90,12 +97,24 @@ def plan_run(run: Run, card: str | None = None) -> MemoryPlan:
     )
 
 
+def _model_config(run: Run) -> dict[str, Any]:
+    """As transformers reads it; for the presets' own models without a network."""
+    path = preset_model_config(run.model.path) or model_path(run.model)
+    try:
+        config = AutoConfig.from_pretrained(str(path), revision=run.model.revision)
+    except (OSError, ValueError) as error:
+        raise UserError(f"no model config from model.path = '{run.model.path}': {str(error).splitlines()[0]}") from None
+    values = config.to_dict()
+    assert isinstance(values, dict)
+    return values
+
+
 def prepare(run: Run, say: Callable[[str], None]) -> Prepared:
     """Everything short of loading weights: the plan must fit, the data must read, the rewards must answer."""
     plan = plan_run(run)
     plan.check()
     tokenizer = load_tokenizer(run.model)
-    data = load_prompts(run.data, tokenizer, run.seed, Path.cwd())
+    data = load_prompts(with_demo_data(run.data), tokenizer, run.seed, Path.cwd())
     for note in data.notes:
         say(note)
     if len(data.train) < run.rollout.prompts_per_step:
@@ -103,16 +122,25 @@ def prepare(run: Run, say: Callable[[str], None]) -> Prepared:
     return Prepared(run, plan, tokenizer, data)
 
 
+def check_run(run: Run, say: Callable[[str], None]) -> Prepared:
+    """`prepare`, and the rewards started once and asked nothing: all that a dry run can find out."""
+    if run.log.dir:
+        RunFolder.refuse_if_used(Path(run.log.dir).expanduser().resolve())
+    prepared = prepare(run, say)
+    with open_rewards(run, prepared.data):
+        return prepared
+
+
 @contextmanager
-def open_rewards(run: Run, data: PromptData) -> Iterator[Rewards]:
-    """The reward workers, up and checked against the data's columns."""
-    with Rewards(run.rewards, Path.cwd()) as rewards:
+def open_rewards(run: Run, data: PromptData, log: Path | None = None) -> Iterator[Rewards]:
+    """The reward workers, up and checked against the data's columns. What the functions print goes to `log`, or to our stderr."""
+    with Rewards(run.rewards, Path.cwd(), log) as rewards:
         rewards.check_columns(set(data.columns))
         yield rewards
 
 
-def assemble(prepared: Prepared, rewards: Rewards, algorithm: Algorithm | None = None) -> Session:
-    """Load the model and put a session together."""
+def assemble(prepared: Prepared, rewards: Rewards, algorithm: Algorithm | None = None, progress: Callable[[int, int], None] | None = None) -> Session:
+    """Load the model and put a session together. `progress` hears how many of a wave's sequences are done."""
     run, plan = prepared.run, prepared.plan
     algorithm = algorithm or run.algorithm
     policy = Policy.create(
@@ -120,7 +148,7 @@ def assemble(prepared: Prepared, rewards: Rewards, algorithm: Algorithm | None =
         checkpointing=plan.gradient_checkpointing, head_chunk=plan.head_chunk,
     )  # fmt: skip
     sampling = run.rollout.model_copy(update={"concurrent": plan.concurrent})
-    engine = TorchEngine(policy.model, policy.tokenizer, sampling, run.seed)
+    engine = TorchEngine(policy.model, policy.tokenizer, sampling, run.seed, progress)
     stream = PromptStream(prepared.data.train, run.seed, run.data.shuffle)
     buffer = RolloutBuffer(stream, run.rollout.prompts_per_step, run.rollout.num_generations)
     return Session(run, algorithm, policy, engine, buffer, rewards, plan)
@@ -145,12 +173,21 @@ def train_run(run: Run, display: Display) -> Path:
     path = Path(run.log.dir).expanduser().resolve() if run.log.dir else next_folder(run.name)
     RunFolder.refuse_if_used(path)
     prepared = prepare(run, display.say)
-    with open_rewards(run, prepared.data) as rewards:
+    folder = RunFolder.create(path, run)
+    try:
+        return _start(run, prepared, folder, display)
+    finally:
+        folder.close()
+        if not (path / "state.json").exists():                    # it never began: leave nothing behind
+            shutil.rmtree(path)
+
+
+def _start(run: Run, prepared: Prepared, folder: RunFolder, display: Display) -> Path:
+    with open_rewards(run, prepared.data, folder.path / REWARD_LOG) as rewards:
         display.phase("load")
-        session = assemble(prepared, rewards)
-        folder = RunFolder.create(path, run)
-        display.say(f"run folder: {path}")
-        (path / "plan.json").write_text(prepared.plan.to_json())
+        session = assemble(prepared, rewards, progress=display.part)
+        write_whole(folder.path / "plan.json", prepared.plan.to_json())
+        display.say(f"run folder: {folder.path}")
         if session.algorithm.calibrates:
             display.phase("calibration")
             session = replace(session, algorithm=calibrate(session, prepared))
@@ -172,16 +209,19 @@ def resume_run(path: Path, display: Display, steps: int | None = None) -> Path:
     if step >= run.steps:
         raise UserError(f"{path} has done its {run.steps} steps: lengthen it with `localrl resume {path} --steps {run.steps * 2}`, or export it")
     folder = RunFolder.reopen(path)
-    prepared = prepare(run, display.say)
-    with open_rewards(run, prepared.data) as rewards:
-        display.phase("load")
-        session = assemble(prepared, rewards, algorithm)
-        session.policy.load(checkpoint)
-        session.buffer.restore(buffer)
-        restore_rng(checkpoint)
-        folder.rewind(step)
-        display.say(f"resumed {path} after step {step}")
-        return _go(session, folder, prepared, display, fresh=False)
+    try:
+        prepared = prepare(run, display.say)
+        with open_rewards(run, prepared.data, path / REWARD_LOG) as rewards:
+            display.phase("load")
+            session = assemble(prepared, rewards, algorithm, display.part)
+            session.policy.load(checkpoint)
+            session.buffer.restore(buffer)
+            restore_rng(checkpoint)
+            folder.rewind(step)
+            display.say(f"resumed {path} after step {step}")
+            return _go(session, folder, prepared, display, fresh=False)
+    finally:
+        folder.close()
 
 
 def _go(session: Session, folder: RunFolder, prepared: Prepared, display: Display, *, fresh: bool) -> Path:
@@ -201,8 +241,6 @@ def _go(session: Session, folder: RunFolder, prepared: Prepared, display: Displa
     except BaseException as error:
         recorder.beat("failed", f"{type(error).__name__}: {error}")
         raise
-    finally:
-        folder.close()
     return folder.path
 
 

@@ -1,0 +1,142 @@
+"""What a run's result is good for: evaluate it, export it, compare it with its base."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from localrl.batch import Request
+from localrl.chat import CompareRow, compare
+from localrl.config import Run, build, parse_override
+from localrl.engines.llama_cpp import LlamaModel, Sampling
+from localrl.engines.torch import TorchEngine
+from localrl.evaluate import EVAL_VERSION, Evaluation, evaluate
+from localrl.export import Export, Sample, export
+from localrl.folder import find_checkpoint, read_lines, read_run, verify_checkpoint
+from localrl.policy.adapters import using
+from localrl.policy.policy import Policy
+from localrl.record import Display
+from localrl.run import Prepared, open_rewards, prepare
+from localrl.settings import UserError
+
+What = Literal["merged", "adapter", "base"]
+DType = Literal["f16", "q8_0", "f32"]
+SAMPLES = 6
+"""Held-out prompts whose sampled answers the export is checked on."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run's policy at one of its checkpoints."""
+
+    folder: Path
+    checkpoint: Path
+    prepared: Prepared
+    policy: Policy
+    engine: TorchEngine
+
+
+def load_trained(path: Path, display: Display, overrides: Sequence[str] = ()) -> Trained:
+    """From a run folder (its newest checkpoint) or a checkpoint. Raises UserError if either is damaged."""
+    folder, checkpoint = find_checkpoint(path)
+    verify_checkpoint(checkpoint)
+    run = _changed(read_run(folder), overrides)
+    prepared = prepare(run, display.say)
+    display.phase("load")
+    policy = Policy.create(run, critic=False, checkpointing=False, head_chunk=prepared.plan.head_chunk)
+    policy.load_adapter(checkpoint)
+    sampling = run.rollout.model_copy(update={"concurrent": prepared.plan.concurrent})
+    return Trained(folder, checkpoint, prepared, policy, TorchEngine(policy.model, policy.tokenizer, sampling, run.seed, display.part))
+
+
+def evaluate_run(path: Path, display: Display, overrides: Sequence[str], base: bool) -> Evaluation:
+    """Held-out rewards of the trained policy, or of its base, sampled with the training model."""
+    trained = load_trained(path, display, overrides)
+    run, data = trained.prepared.run, trained.prepared.data
+    if not data.eval:
+        raise UserError("no prompts are held out: set data.holdout or data.eval_path")
+    display.phase("evaluation")
+    with open_rewards(run, data) as rewards, _adapter(trained, base):
+        return evaluate(trained.engine, rewards, data.eval, run.eval, run.rollout)
+
+
+def export_run(path: Path, display: Display, *, what: What, dtype: DType, out: Path | None = None) -> Export:
+    """A GGUF of the trained policy, compared with it by llama.cpp before this returns."""
+    for name, value, known in (("what", what, get_args(What)), ("type", dtype, get_args(DType))):
+        if value not in known:
+            raise UserError(f"--{name} {value}: one of {', '.join(known)}")
+    trained = load_trained(path, display)
+    run = trained.prepared.run
+    prompts = (trained.prepared.data.eval or trained.prepared.data.train)[:SAMPLES]
+    display.phase("sampling for the self-check")
+    answers = trained.engine.generate([Request(prompt) for prompt in prompts], EVAL_VERSION)
+    display.phase("export")
+    return export(
+        trained.policy.model, trained.policy.tokenizer, out or trained.folder / "export",
+        what=what, dtype=dtype, name=run.name, samples=[Sample(a.request.prompt.tokens, a.tokens) for a in answers],
+        metadata=_metadata(trained), progress=lambda done, total, name: display.part(done, total),
+    )  # fmt: skip
+
+
+def compare_run(path: Path, display: Display, *, count: int, temperature: float, seed: int) -> tuple[list[CompareRow], tuple[str, ...]]:
+    """Base and trained model side by side on held-out prompts, both through llama.cpp; files that do not exist yet are exported first.
+
+    Returns the rows and the names of their rewards.
+    """
+    folder, checkpoint = find_checkpoint(path)
+    run = read_run(folder)
+    files = {name: _newest(folder, what, checkpoint) for name, what in (("base", "base"), ("trained", "merged"))}
+    for name, what in (("base", "base"), ("trained", "merged")):
+        if files[name] is None:
+            display.say(f"{folder / 'export'} holds no {name} model of this checkpoint yet: exporting it")
+            files[name] = export_run(path, display, what=what, dtype="f16").path  # type: ignore[arg-type]
+    prepared = prepare(run, lambda text: None)
+    display.phase("answering")
+    sampling = Sampling(temperature=temperature, max_tokens=run.rollout.max_completion_length, stop=run.rollout.stop)
+    models = {name: partial(LlamaModel, file) for name, file in files.items() if file is not None}
+    prompts = (prepared.data.eval or prepared.data.train)[:count]
+    with open_rewards(run, prepared.data) as rewards:
+        return compare(models, prompts, rewards.score, sampling, seed, lambda done, total, name: display.part(done, total)), rewards.names
+
+
+def _newest(folder: Path, what: str, checkpoint: Path) -> Path | None:
+    """The newest export of that kind which is not older than the checkpoint. (The base never changes.)"""
+    found = sorted((folder / "export").glob(f"*-{what}-*.gguf"), key=lambda p: p.stat().st_mtime)
+    return found[-1] if found and (what == "base" or found[-1].stat().st_mtime >= checkpoint.stat().st_mtime) else None
+
+
+def _metadata(trained: Trained) -> dict[str, int | float | bool | str]:
+    """What the file says of itself, as `localrl.*`."""
+    run = trained.prepared.run
+    facts: dict[str, int | float | bool | str] = {
+        "run": trained.folder.name, "checkpoint": trained.checkpoint.name, "algorithm": run.algorithm.name, "seed": run.seed,
+        "base": run.model.path.rsplit("/", 1)[-1] if run.model.path.startswith("/") else run.model.path,
+        "quantization": run.model.quantization, "exported": time.strftime("%Y-%m-%d"),
+    }  # fmt: skip
+    for row in read_lines(trained.folder / "evaluations.jsonl"):
+        if isinstance(value := row.get("eval/reward"), float):
+            facts[f"reward.step_{row['step']}"] = value
+    return facts
+
+
+@contextmanager
+def _adapter(trained: Trained, base: bool) -> Iterator[None]:
+    """With the trained adapter on, or with none."""
+    with using(trained.policy.model, None if base else "policy"):
+        yield
+
+
+def _changed(run: Run, overrides: Sequence[str]) -> Run:
+    """Overrides on a resolved run."""
+    values: dict[str, Any] = run.model_dump(mode="json", exclude_none=True)
+    for line in overrides:
+        for section, change in parse_override(line).items():
+            values[section] = {**values[section], **change} if isinstance(change, dict) else change
+    return build(values)
+
+
