@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,7 @@ def run_localrl(model: Path, shape: dict[str, int], steps: int, quantization: st
 
 def report(times: list[float], rewards: list[float], lengths: list[float], shape: dict[str, int], loaded: float) -> dict[str, Any]:
     """One side's numbers; the first step (warm-up) is left out of the time."""
-    seconds = [b - a for a, b in zip(times[1:], times[2:], strict=False)]
+    seconds = [b - a for a, b in pairwise(times[1:])]
     tokens = statistics.mean(lengths[1:]) * shape["prompts"] * shape["group"]
     step = statistics.median(seconds)
     last = rewards[-max(1, len(rewards) // 4) :]
@@ -198,7 +199,8 @@ def main() -> None:
         middle = {key: [statistics.median(pair[i][key] for pair in runs) for i in range(2)] for key in runs[0][0]}
         speed, rate, memory = (middle["seconds"][0] / middle["seconds"][1], middle["tokens_per_second"][1] / middle["tokens_per_second"][0],
                                middle["memory"][1] / middle["memory"][0])  # fmt: skip
-        print(f"| {name} | {speed:.2f}x | {rate:.2f}x | {memory:.2f}x | {middle['reward'][0]:.3f} / {middle['reward'][1]:.3f} ({middle['first'][1]:.3f}) |", flush=True)
+        ends = f"{middle['reward'][0]:.3f} / {middle['reward'][1]:.3f} ({middle['first'][1]:.3f})"
+        print(f"| {name} | {speed:.2f}x | {rate:.2f}x | {memory:.2f}x | {ends} |", flush=True)
         print(json.dumps(middle), file=sys.stderr)
 
 

@@ -105,7 +105,8 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with every tensor on `device`."""
-        return replace(self, **{f.name: v.to(device) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)})
+        moved: dict[str, Any] = {f.name: v.to(device) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+        return replace(self, **moved)
 
     @property
     def response_length(self) -> Tensor:
@@ -160,8 +161,8 @@ def rows_of(credit: Credit, rows: Tensor, width: int | None = None) -> Credit:
     >>> rows_of(C(torch.arange(3)), torch.tensor([2, 0]))
     C(advantage=tensor([2, 0]))
     """
-    parts = [None if v is None else v[rows] if v.dim() < 2 or width is None else v[rows][:, :width] for v in credit]
-    return type(credit)(*parts)
+    parts: list[Any] = [None if v is None else v[rows] if v.dim() < 2 or width is None else v[rows][:, :width] for v in credit]
+    return type(credit)._make(parts)
 
 
 def lengths(mask: Tensor) -> Tensor:

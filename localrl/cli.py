@@ -29,7 +29,9 @@ app = typer.Typer(
 )
 console = Console()
 
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Overrides, each a line of TOML: rollout.temperature=0.8", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Overrides, each a line of TOML: rollout.temperature=0.8", show_default=False)
+]
 Preset = Annotated[str | None, typer.Option("--preset", "-p", help="One of `localrl presets`.")]
 Config = Annotated[Path | None, typer.Option("--config", "-c", help="A TOML file; on top of the preset.")]
 RunPath = Annotated[Path, typer.Argument(help="Run folder, or one of its checkpoint-N folders.", show_default=False)]
@@ -74,7 +76,7 @@ def train(
         prepared = check_run(anchor(run, Path.cwd()), _say)
         _show_plan(prepared.plan)
         sample = prepared.data.train[0]
-        _say(f"{len(prepared.data.train)} training prompts, {len(prepared.data.eval)} held out; the first one as the model sees it ({len(sample.tokens)} tokens):")
+        _say(f"{len(prepared.data.train)} training prompts, {len(prepared.data.eval)} held out; the first as the model sees it ({len(sample.tokens)} tokens):")
         console.print(Panel(escape(prepared.tokenizer.decode(list(sample.tokens))), border_style="dim"))
         _say("all checks passed; nothing was written")
         return
@@ -201,9 +203,8 @@ def compare(
 @app.command()
 def presets(name: Annotated[str | None, typer.Argument(help="Print this one.")] = None) -> None:
     """List the presets, or print one."""
-    from localrl.config import load_run
+    from localrl.config import load_run, preset_path
     from localrl.config import presets as every
-    from localrl.config import preset_path
 
     if name is not None:
         print(preset_path(name).read_text("utf-8"), end="")

@@ -17,15 +17,16 @@ EVAL_VERSION = 2**31 - 1
 class Samples(Protocol):
     """What evaluation needs of an engine."""
 
-    def generate(self, requests: list[Request], version: int, settings: RolloutSettings | None = None) -> list[Rollout]: ...
+    def generate(self, requests: list[Request], version: int, *, settings: RolloutSettings | None = None) -> list[Rollout]: ...
 
 
 class Scores(Protocol):
     """What it needs of the rewards."""
 
-    names: Sequence[str]
-    weights: Sequence[float]
-
+    @property
+    def names(self) -> Sequence[str]: ...
+    @property
+    def weights(self) -> Sequence[float]: ...
     def score(self, rollouts: list[Rollout]) -> list[Rollout]: ...
 
 

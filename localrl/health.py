@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 PATIENCE = 5
 """Steps in a row before a standing condition is reported: one bad batch is no diagnosis."""
@@ -25,30 +25,34 @@ class Health:
         entropy = metrics.get("entropy", math.nan)
         if self._entropy_at_start is None and not math.isnan(entropy):
             self._entropy_at_start = entropy
-        return [text for key, text in self._findings(metrics, entropy) if not (key in self._said or self._said.add(key))]  # type: ignore[func-returns-value]
+        new = [(key, text) for key, text in self._findings(metrics, entropy) if key not in self._said]
+        self._said |= {key for key, _ in new}
+        return [text for _, text in new]
 
     def _findings(self, now: dict[str, float], entropy: float) -> list[tuple[str, str]]:
-        found: list[tuple[str, str]] = []
+        return [*self._of_this_step(now), *(self._of_the_last_steps(now, entropy) if len(self._recent) == PATIENCE else ())]
+
+    def _of_this_step(self, now: dict[str, float]) -> Iterator[tuple[str, str]]:
         if not math.isfinite(now.get("grad_norm", 0.0)):
-            found.append(("nan", f"step {now['step']:.0f}: the gradient is not finite, the update was skipped; lower optim.learning_rate if it happens again"))
+            yield "nan", f"step {now['step']:.0f}: the gradient is not finite, the update was skipped; lower optim.learning_rate if it happens again"
         if now.get("completions/clipped_ratio", 0) == 1:
-            found.append(("cut", "every completion was cut at rollout.max_completion_length: the model never ends by itself; raise the limit, or check the end token and chat template"))
+            yield "cut", ("every completion was cut at rollout.max_completion_length: the model never ends by itself; "
+                          "raise the limit, or check the end token and the chat template")
         if now.get("frac_unscored", 0) == 1:
-            found.append(("unscored", "no completion got any reward this step (every reward returned None or failed): nothing can be learned until one does"))
-        if len(self._recent) < PATIENCE:
-            return found
+            yield "unscored", "no completion got any reward this step (every reward returned None or failed): nothing can be learned until one does"
 
-        def always(name: str, least: float) -> bool:
-            return all(m.get(name, 0) >= least for m in self._recent)
-
-        if always("frac_reward_cancelling", 0.5):
-            found.append(("cancel", f"for {PATIENCE} steps single rewards varied while their weighted sum stayed equal within groups: they cancel, so the advantage is 0; "
-                                    "change the weights, or use algorithm.name=gdpo, which normalises each reward by itself"))
-        elif always("frac_reward_zero_std", 1.0):
+    def _of_the_last_steps(self, now: dict[str, float], entropy: float) -> Iterator[tuple[str, str]]:
+        if self._always("frac_reward_cancelling", 0.5):
+            yield "cancel", (f"for {PATIENCE} steps single rewards varied while their weighted sum stayed equal within groups: they cancel, so the advantage is 0; "
+                             "change the weights, or use an algorithm that normalises each reward by itself (algorithm.name=gdpo)")
+        elif self._always("frac_reward_zero_std", 1.0):
             means = ", ".join(f"{n} {now.get(f'rewards/{n}/mean', math.nan):.2f}" for n in self.names)
-            found.append(("flat", f"for {PATIENCE} steps all rollouts of every prompt got the same reward ({means}): nothing can be learned; if they are all wrong, the task is "
-                                  "too hard for the base (train it to do it sometimes, ease the prompts, or give partial credit), if all right, it is learned"))
-        if self._entropy_at_start and self._entropy_at_start > 0.05 and all(m.get("entropy", 1) < 0.1 * self._entropy_at_start for m in self._recent):
-            found.append(("entropy", f"entropy collapsed from {self._entropy_at_start:.3f} to {entropy:.3f} nats: rollouts repeat each other and exploration ends; "
-                                     "lower optim.learning_rate, or stop here if the reward is as high as it can be"))
-        return found
+            yield "flat", (f"for {PATIENCE} steps all rollouts of every prompt got the same reward ({means}): nothing can be learned; if they are all wrong, "
+                           "the task is too hard for the base (ease the prompts, or give partial credit), if all right, it is learned")
+        start = self._entropy_at_start
+        if start and start > 0.05 and all(m.get("entropy", 1.0) < 0.1 * start for m in self._recent):
+            yield "entropy", (f"entropy collapsed from {start:.3f} to {entropy:.3f} nats: rollouts repeat each other and exploration ends; "
+                              "lower optim.learning_rate, or stop here if the reward is as high as it can be")
+
+    def _always(self, name: str, least: float) -> bool:
+        return all(m.get(name, 0) >= least for m in self._recent)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from localrl.batch import Request
 from localrl.chat import CompareRow, compare
@@ -65,7 +65,7 @@ def evaluate_run(path: Path, display: Display, overrides: Sequence[str], base: b
         return evaluate(trained.engine, rewards, data.eval, run.eval, run.rollout)
 
 
-def export_run(path: Path, display: Display, *, what: What, dtype: DType, out: Path | None = None) -> Export:
+def export_run(path: Path, display: Display, *, what: str, dtype: str, out: Path | None = None) -> Export:
     """A GGUF of the trained policy, compared with it by llama.cpp before this returns."""
     for name, value, known in (("what", what, get_args(What)), ("type", dtype, get_args(DType))):
         if value not in known:
@@ -78,7 +78,7 @@ def export_run(path: Path, display: Display, *, what: What, dtype: DType, out: P
     display.phase("export")
     return export(
         trained.policy.model, trained.policy.tokenizer, out or trained.folder / "export",
-        what=what, dtype=dtype, name=run.name, samples=[Sample(a.request.prompt.tokens, a.tokens) for a in answers],
+        what=cast(What, what), dtype=cast(DType, dtype), name=run.name, samples=[Sample(a.request.prompt.tokens, a.tokens) for a in answers],
         metadata=_metadata(trained), progress=lambda done, total, name: display.part(done, total),
     )  # fmt: skip
 
@@ -94,7 +94,7 @@ def compare_run(path: Path, display: Display, *, count: int, temperature: float,
     for name, what in (("base", "base"), ("trained", "merged")):
         if files[name] is None:
             display.say(f"{folder / 'export'} holds no {name} model of this checkpoint yet: exporting it")
-            files[name] = export_run(path, display, what=what, dtype="f16").path  # type: ignore[arg-type]
+            files[name] = export_run(path, display, what=what, dtype="f16").path
     prepared = prepare(run, lambda text: None)
     display.phase("answering")
     sampling = Sampling(temperature=temperature, max_tokens=run.rollout.max_completion_length, stop=run.rollout.stop)

@@ -70,7 +70,8 @@ def comparison_table(rows: Sequence[CompareRow], names: Sequence[str]) -> Table:
         cells = [f"{escape(row.answers[m].text.strip())}\n[dim]{_rewards(names, row.answers[m].rewards)}[/dim]" for m in models]
         table.add_row(escape(content), *cells)
     means = summarise(rows)
-    table.add_row(f"mean of {len(rows)}", *[f"{_rewards(names, means[m].rewards)}\n[dim]{means[m].tokens:.0f} tokens, {means[m].tokens_per_second:,.0f} tok/s[/dim]" for m in models])
+    speed = {m: f"[dim]{means[m].tokens:.0f} tokens, {means[m].tokens_per_second:,.0f} tok/s[/dim]" for m in models}
+    table.add_row(f"mean of {len(rows)}", *[f"{_rewards(names, means[m].rewards)}\n{speed[m]}" for m in models])
     return table
 
 

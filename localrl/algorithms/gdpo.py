@@ -7,7 +7,7 @@ over all rollouts of the step: per micro-batch it would destroy the magnitudes t
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -26,7 +26,7 @@ class GDPO(Clipped):
     advantage_epsilon: float = Field(1e-4, gt=0)
     """Added to both standard deviations."""
 
-    reports = (*Clipped.reports, "conflicting_rewards")
+    reports: ClassVar[tuple[str, ...]] = (*Clipped.reports, "conflicting_rewards")
 
     def advantage(self, batch: Batch) -> Tensor:
         mean, std = group_moments(batch.rewards, batch.group)

@@ -6,7 +6,7 @@ DAPO, arXiv 2503.14476, sections 3.1 and 3.3: `share = "token_mean"`, `epsilon_h
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -40,7 +40,7 @@ class Clipped(Algorithm):
     share: ShareName = "token_mean"
     """How tokens are weighed: sequence_mean (GRPO's paper), token_mean (DAPO), fixed_length (Dr. GRPO)."""
 
-    reports = ("clip_ratio", "kl")
+    reports: ClassVar[tuple[str, ...]] = ("clip_ratio", "kl")
 
     @property
     def reads_during(self) -> Columns:

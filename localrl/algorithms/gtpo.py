@@ -7,7 +7,7 @@ weight (up to 4), the divisor and the entropy threshold; `variant` selects eithe
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple, Self
+from typing import ClassVar, Literal, NamedTuple, Self
 
 import torch
 from pydantic import Field
@@ -52,7 +52,7 @@ class GTPO(Algorithm):
     """Divide the advantage by its group's standard deviation? The paper does not."""
 
     learns_from_cut = True
-    reports = ("gtpo/conflict_share", "gtpo/filtered_share", "gtpo/mean_weight")
+    reports: ClassVar[tuple[str, ...]] = ("gtpo/conflict_share", "gtpo/filtered_share", "gtpo/mean_weight")
 
     @property
     def reads_during(self) -> Columns:
@@ -88,7 +88,8 @@ class GTPO(Algorithm):
         return Credit(advantage, weight, even * (len(batch) / groups) / divisor, part)
 
     def loss(self, batch: Batch, readout: Readout, credit: Credit) -> Loss:
-        assert readout.logp is not None and readout.entropy is not None
+        assert readout.logp is not None
+        assert readout.entropy is not None
         if self.threshold == "auto":
             raise RuntimeError("GTPO's automatic threshold was never calibrated")
         entropy = mean_per_row(readout.entropy.detach(), batch.fresh)

@@ -34,7 +34,7 @@ def active(model: nn.Module) -> str | None:
     """The adapter that is on, None if none is."""
     for layer in model.modules():
         if isinstance(layer, BaseTunerLayer):
-            return None if layer._disable_adapters else list(layer.active_adapters)[0]
+            return None if layer._disable_adapters else next(iter(layer.active_adapters))
     return None
 
 

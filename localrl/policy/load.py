@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.utils import logging as transformers_logging
 
 from localrl.config import AdapterSettings, ModelSettings
 from localrl.settings import UserError
@@ -68,6 +69,7 @@ def load_base(settings: ModelSettings) -> nn.Module:
     dtype = pick_dtype(settings, device)
     if Path(path).is_dir() and not (Path(path) / "config.json").exists():
         raise UserError(f"{path} holds no config.json: it is no model folder")
+    transformers_logging.disable_progress_bar()                     # its bar over tensors and ours would overwrite each other
     try:
         model = AutoModelForCausalLM.from_pretrained(
             path, revision=settings.revision, dtype=dtype, quantization_config=_quantization(settings, dtype), device_map={"": device}
@@ -109,7 +111,7 @@ def attach(base: nn.Module, settings: AdapterSettings, seed: int, critic: bool =
     targets: Any = settings.lora_target_modules
     config = LoraConfig(
         r=settings.lora_r,
-        lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]
+        lora_alpha=settings.lora_alpha,
         target_modules=targets if isinstance(targets, str) else list(targets),
         use_rslora=settings.use_rslora,
         lora_dropout=0.0,

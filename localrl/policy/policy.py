@@ -163,7 +163,8 @@ class Policy:
         result = set_peft_model_state_dict(self.model, _read(folder / ADAPTER_FILE), adapter_name=ADAPTER)
         lost = [k for k in result.missing_keys if "lora_" in k and f".{ADAPTER}." in k]
         if result.unexpected_keys or lost:
-            raise UserError(f"the adapter in {folder} does not fit this run's model and adapter settings ({len(lost)} missing, {len(result.unexpected_keys)} unknown tensors)")
+            found = f"{len(lost)} tensors missing, {len(result.unexpected_keys)} unknown"
+            raise UserError(f"the adapter in {folder} does not fit this run's model and adapter settings ({found})")
 
     def load(self, folder: Path) -> None:
         """The way back from `save`, bit for bit."""

@@ -97,8 +97,9 @@ def test_permuting_rows_permutes_credit(name: str, seed: int) -> None:
     batch, readout = step_of(seed, 3, 4, 5)
     algorithm = built(name, readout, batch)
     rows = torch.randperm(len(batch), generator=torch.Generator().manual_seed(seed))
-    turned = algorithm.credit(Batch(**{n: v[rows] if isinstance(v := getattr(batch, n), torch.Tensor) and n != "weights" else v for n in Batch.__dataclass_fields__}),
-                              only(readout[rows], algorithm.reads_before))
+    columns = {n: getattr(batch, n) for n in Batch.__dataclass_fields__}
+    permuted = Batch(**{n: v[rows] if isinstance(v, torch.Tensor) and n != "weights" else v for n, v in columns.items()})
+    turned = algorithm.credit(permuted, only(readout[rows], algorithm.reads_before))
     for one, other in zip(algorithm.credit(batch, only(readout, algorithm.reads_before)), turned, strict=True):
         if one is not None:
             torch.testing.assert_close(one[rows], other)

@@ -71,10 +71,12 @@ def hash_of_base(policy: Policy) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted([*policy.model.named_parameters(), *policy.model.named_buffers()]):
         if "lora_" not in name:
-            digest.update(name.encode() + tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(name.encode())
+            digest.update(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
             state = getattr(tensor, "quant_state", None)
             if state is not None:
-                digest.update(state.absmax.detach().contiguous().view(torch.uint8).numpy().tobytes() + str(getattr(state, "packing_format_for_cpu", None)).encode())
+                digest.update(state.absmax.detach().contiguous().view(torch.uint8).numpy().tobytes())
+                digest.update(str(getattr(state, "packing_format_for_cpu", None)).encode())
     return digest.hexdigest()
 
 
@@ -181,7 +183,7 @@ def test_save_and_load_go_on_bit_for_bit(make_model: Callable[..., Path], tmp_pa
     run = a_run(make_model(), optim={"optimizer": optimizer}, adapter={"lora_r": 64})       # 64 * 64 = 4096: large enough for 8-bit state
 
     def advance(policy: Policy, steps: int) -> None:
-        for step in range(steps):
+        for _ in range(steps):
             columns = {"logp", "value"} if critic else {"logp"}
             readout = policy.read(a_batch(policy.step), columns)
             (-readout.logp.mean() + (readout.value.mean() if critic else 0)).backward()
