@@ -93,7 +93,10 @@ def plan_run(run: Run, card: str | None = None) -> MemoryPlan:
         concurrent=run.rollout.concurrent,
         head_chunk=run.memory.head_chunk,
         reference="ref" in run.algorithm.reads_before | run.algorithm.reads_during,
-        device=device.type,
+        device="cuda" if device.type == "cuda" else "cpu",
+        unpacked=None if run.rollout.weights == "auto" else run.rollout.weights == "unpacked",
+        fewest_generations=run.eval.num_generations if run.eval.limit and run.eval.temperature else 1,
+        truncated=bool(run.rollout.top_k) or run.rollout.top_p < 1,
     )
 
 

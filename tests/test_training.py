@@ -25,7 +25,7 @@ from localrl.train import train
 from tests.policy.test_policy import hash_of_base
 
 REWARD = '''
-import os, signal
+import os, psutil, signal
 from pathlib import Path
 
 CALLS = Path(__file__).with_name("calls")
@@ -38,7 +38,8 @@ def vowels(completions, letter, **kwargs):
     if order.exists():
         at, what = order.read_text().split()
         if calls == int(at):
-            os.kill(os.getppid(), getattr(signal, what))
+            trainer = next(p for p in psutil.Process().parents() if "localrl.cli" in p.cmdline())
+            os.kill(trainer.pid, getattr(signal, what))
     return [c[0]["content"].count(l) / (1 + len(c[0]["content"])) for c, l in zip(completions, letter)]
 
 def short(completion_ids, **kwargs):
@@ -210,7 +211,7 @@ BAD = {
     "group of one": (["rollout.num_generations=1"], "num_generations"),
     "model folder": (['model.path="./nowhere"'], "nowhere"),
     "modules": (['adapter.lora_target_modules=["q_projj"]'], "q_proj"),
-    "card too small": (['memory.card="0.1GiB"'], "GiB"),
+    "card too small": (['memory.card="0.1GiB"'], "the machine has 102 MiB"),
     "unknown card": (['memory.card="RTX 40800"'], "4080"),
     "used folder": (['log.dir="."'], "in use"),
 }

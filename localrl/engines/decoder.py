@@ -1,0 +1,234 @@
+"""The hand-written forward pass of the Llama, Mistral, Qwen2 and Qwen3 classes, for prompts and for one token a row.
+
+The same arithmetic as transformers', with the parts that cost most on small batches taken out: no module calls around the linear layers
+(they may be scratch copies, see `weights`), q, k and v in one product and gate and up in another, rotations looked up in one table, and an
+attention (`cache`) that reads a group's prompt once. Its logits equal the model's to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from localrl.engines.cache import Cache, Shape
+from localrl.engines.weights import Linear, common_dtype, live, unpacked
+
+FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+STATIC_ROPE = ("default", "linear", "yarn", "llama3")
+PREFILL_TOKENS = 4096
+"""Tokens, padding included, of one forward pass over prompts."""
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""Layer, q (n, Hq, D), k and v (n, Hkv, D) -> (n, Hq * D)."""
+
+
+def bare_model(model: Any) -> Any:
+    """The transformers model inside a PEFT wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def misfit(model: Any, longest: int) -> str | None:
+    """Why this model must go through its own forward pass for sequences of up to `longest` tokens; None: `Decoder` knows it."""
+    bare = bare_model(model)
+    config = bare.config
+    if type(bare).__name__ not in FAMILIES or not type(bare).__module__.startswith("transformers."):
+        return f"{type(bare).__name__} is none of {', '.join(FAMILIES)}"
+    if bare.model.rotary_emb.rope_type not in STATIC_ROPE:
+        return f"its rotations depend on the sequence's length ({bare.model.rotary_emb.rope_type})"
+    sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
+    window = getattr(config, "sliding_window", None) if sliding else None
+    if window is not None and longest > window:
+        return f"sequences of up to {longest} tokens pass its sliding window of {window}"
+    if len(set(getattr(bare, "hf_device_map", {}).values())) > 1:
+        return "it is spread over several devices"
+    return None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What one layer computes with."""
+
+    attention_norm: Linear
+    qkv: Linear
+    qk_norm: Linear | None
+    """Of every head of q and k. (n, heads, D) -> the same."""
+    out: Linear
+    mlp_norm: Linear
+    gate_up: Linear
+    activation: Linear
+    down: Linear
+
+
+class Decoder:
+    """One model, read for one call of `generate`. `unpack`: with a scratch copy of its weights; `fixed`: steps that can be captured."""
+
+    def __init__(self, model: Any, unpack: bool, longest: int, fixed: bool = False) -> None:
+        bare = bare_model(model)
+        self.fixed = fixed
+        embed, config = bare.model.embed_tokens, bare.config
+        first = bare.model.layers[0].self_attn
+        self.device, self.dtype = embed.weight.device, embed.weight.dtype
+        self.embed: Linear = partial(F.embedding, weight=embed.weight.detach()) if type(embed) is nn.Embedding else embed     # past its hooks
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        cached = torch.float32 if self.device.type == "cpu" else self.dtype     # attention on CPUs is slower in bf16 than in fp32
+        self.shape = Shape(len(bare.model.layers), heads, kv_heads, first.head_dim, first.scaling, cached)
+        names = [(a.q_proj, a.k_proj, a.v_proj) for a in (layer.self_attn for layer in bare.model.layers)]
+        pairs = unpack and self.dtype == torch.float32 and all(common_dtype(n, self.dtype) == torch.float32 for n in names)
+        self.pairs = pairs
+        """Dimensions i and i + D/2 of q and k stand side by side, so that a rotation is one complex product."""
+        order = _paired(heads, kv_heads, first.head_dim).to(self.device) if pairs else None
+
+        def linear(*modules: nn.Module, order: Tensor | None = None) -> Linear:
+            dtype = common_dtype(modules, self.dtype) if unpack else None
+            return live(modules) if dtype is None else unpacked(modules, dtype, order)
+
+        self.layers = [
+            Layer(
+                attention_norm=rms_norm(layer.input_layernorm),
+                qkv=linear(layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj, order=order),
+                qk_norm=_qk_norm(layer.self_attn, heads, kv_heads, order),
+                out=linear(layer.self_attn.o_proj),
+                mlp_norm=rms_norm(layer.post_attention_layernorm),
+                gate_up=linear(layer.mlp.gate_proj, layer.mlp.up_proj),
+                activation=layer.mlp.act_fn,
+                down=linear(layer.mlp.down_proj),
+            )
+            for layer in bare.model.layers[: config.num_hidden_layers]
+        ]
+        self.norm, self.head = rms_norm(bare.model.norm), fp32_head(bare.lm_head)
+        cos, sin = bare.model.rotary_emb(torch.zeros(1, dtype=self.dtype, device=self.device), torch.arange(longest, device=self.device)[None])
+        half = first.head_dim // 2
+        turn = (torch.complex(cos[0, :, :half], sin[0, :, :half]),) if pairs else (cos[0], sin[0])
+        self.turn = tuple(part[:, None].clone() for part in turn)               # (longest, 1, D) or (longest, 1, D/2) complex
+
+    def prefill(self, contexts: Sequence[Sequence[int]], owner: Sequence[int], room: int) -> tuple[Tensor, Cache]:
+        """Read U contexts, longest first or last, for rows that each continue one: `owner` (n,) says which, `room` how many tokens they may add.
+
+        -> logits of the first token of every row (n, V) float32, and the rows' cache.
+        """
+        lengths = torch.tensor([len(c) for c in contexts])
+        cache = Cache(self.shape, lengths, torch.tensor(owner), room, self.device, self.fixed)
+        logits = []
+        for start, end in _chunks([len(c) for c in contexts]):
+            logits.append(self._read(contexts[start:end], start, cache))
+        return torch.cat(logits)[cache.owner], cache
+
+    def _read(self, contexts: Sequence[Sequence[int]], start: int, cache: Cache) -> Tensor:
+        """Contexts as rows, right-padded: attention is causal, so padding reaches no real token and no mask is needed. -> (u, V)."""
+        count, width = len(contexts), max(len(c) for c in contexts)
+        tokens = torch.tensor([[*c, *[0] * (width - len(c))] for c in contexts], device=self.device)
+        positions = torch.arange(width, device=self.device).repeat(count)
+
+        def attend(index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            q, k, v = (part.to(self.shape.dtype).unflatten(0, (count, width)).transpose(1, 2) for part in (q, k, v))      # (u, heads, P, D)
+            cache.keep_prompt(index, start, k, v)
+            read = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.shape.scale, enable_gqa=q.shape[1] != k.shape[1])
+            return read.transpose(1, 2).reshape(count * width, -1)
+
+        x = self._layers(self.embed(tokens.flatten()), positions, attend)
+        last = torch.arange(count, device=self.device) * width + torch.tensor([len(c) - 1 for c in contexts], device=self.device)
+        return self.head(self.norm(x[last]))
+
+    def step(self, tokens: Tensor, cache: Cache) -> Tensor:
+        """One token more for every row. (n,) int64 -> logits of the next (n, V) float32."""
+        cache.advance()
+        return self.head(self.norm(self._layers(self.embed(tokens), cache.position, cache.attend)))
+
+    def _layers(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """(n, H) at `positions` (n,) -> (n, H) before the last norm."""
+        shape = self.shape
+        rotated = shape.heads + shape.kv_heads
+        turn = [part.index_select(0, positions) for part in self.turn]
+        for index, layer in enumerate(self.layers):
+            heads = layer.qkv(layer.attention_norm(x)).view(len(x), rotated + shape.kv_heads, shape.width)
+            qk = heads[:, :rotated]
+            if layer.qk_norm is not None:
+                qk = layer.qk_norm(qk)
+            qk = _turn_pairs(qk, turn[0]) if self.pairs else _turn_halves(qk, turn[0], turn[1])
+            read = attend(index, qk[:, : shape.heads], qk[:, shape.heads :], heads[:, rotated:])
+            x.add_(layer.out(read.to(x.dtype)))
+            gate, up = layer.gate_up(layer.mlp_norm(x)).chunk(2, -1)
+            x.add_(layer.down(layer.activation(gate).mul_(up)))
+        return x
+
+
+def rms_norm(module: Any, weight: Tensor | None = None) -> Linear:
+    """Root-mean-square norm over the last dimension with the module's weight and epsilon."""
+    weight = module.weight.detach() if weight is None else weight
+    size, epsilon = weight.shape[-1], module.variance_epsilon
+    if weight.dtype != torch.float32 or weight.device.type != "cpu":
+        return lambda x: weight * F.rms_norm(x, (size,), None, epsilon)          # two roundings, as transformers has them
+    scaled, floor = weight * size**0.5, torch.tensor((size * epsilon) ** 0.5)
+
+    def norm(x: Tensor) -> Tensor:
+        # x / sqrt(mean(x^2) + epsilon) = sqrt(size) x / hypot(|x|, sqrt(size epsilon)): a third of the time of torch's own on a CPU
+        return x.div(torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(floor)).mul_(scaled)
+
+    return norm
+
+
+def fp32_head(layer: nn.Module) -> Linear:
+    """The output layer with fp32 logits: rounded to bf16 they would be another distribution. (n, H) -> (n, V) float32."""
+    if type(layer) is not nn.Linear:
+        return lambda x: layer(x).float()
+    weight, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach().float()
+    if weight.dtype == torch.float32:
+        return lambda x: F.linear(x.float(), weight, bias)
+    if weight.device.type == "cuda":
+        product: Linear = lambda x: torch.mm(x.to(weight.dtype), weight.t(), out_dtype=torch.float32)  # noqa: E731
+        return product if bias is None else lambda x: product(x) + bias
+    wide = weight.float()
+    return lambda x: F.linear(x.float(), wide, bias)
+
+
+def _qk_norm(attention: Any, heads: int, kv_heads: int, order: Tensor | None) -> Linear | None:
+    if not hasattr(attention, "q_norm"):
+        return None
+    q, k = (norm.weight.detach() for norm in (attention.q_norm, attention.k_norm))
+    weight = torch.cat([q.expand(heads, -1), k.expand(kv_heads, -1)])
+    if order is not None:
+        weight = weight.flatten()[order[: weight.numel()]].view_as(weight)
+    return rms_norm(attention.q_norm, weight)
+
+
+def _paired(heads: int, kv_heads: int, width: int) -> Tensor:
+    """The old number of each output of q, k, v, once the halves of every head of q and k are interleaved.
+
+    >>> _paired(1, 0, 6).tolist()
+    [0, 3, 1, 4, 2, 5]
+    """
+    outputs = torch.arange((heads + 2 * kv_heads) * width)
+    turned = (heads + kv_heads) * width
+    return torch.cat([outputs[:turned].view(-1, 2, width // 2).transpose(1, 2).flatten(), outputs[turned:]])
+
+
+def _turn_pairs(qk: Tensor, turn: Tensor) -> Tensor:
+    """(n, heads, D) times (n, 1, D/2) complex."""
+    return torch.view_as_real(torch.view_as_complex(qk.unflatten(2, (-1, 2))) * turn).flatten(2)
+
+
+def _turn_halves(qk: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """(n, heads, D), (n, 1, D), (n, 1, D)."""
+    first, second = qk.chunk(2, -1)
+    return qk * cos + torch.cat((-second, first), -1) * sin
+
+
+def _chunks(lengths: list[int]) -> list[tuple[int, int]]:
+    """Runs of contexts that are read at once: PREFILL_TOKENS, padding included, or one.
+
+    >>> _chunks([3000, 2000, 1000, 10])
+    [(0, 1), (1, 3), (3, 4)]
+    """
+    ends, start, widest = [], 0, 0
+    for index, length in enumerate(lengths):
+        widest = max(widest, length)
+        if index > start and widest * (index + 1 - start) > PREFILL_TOKENS:
+            ends.append((start, index))
+            start, widest = index, length
+    return [*ends, (start, len(lengths))]

@@ -1,0 +1,101 @@
+"""Any causal language model, by its own forward pass and with the cache that it makes itself: slower, and right for every architecture."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class ModelCache:
+    """The model's own cache and what goes with it: (n, columns) int64 attention mask, (n,) positions."""
+
+    def __init__(self, kept: Any, mask: Tensor) -> None:
+        self.kept, self.mask = kept, mask
+        self.foldable = can_select(kept)
+        """Rows can leave it."""
+
+    def grow(self) -> None:
+        """It grows by itself."""
+
+    def keep(self, rows: Tensor) -> None:
+        """Only these rows (k,) from now on. May name a row several times."""
+        self.kept.batch_select_indices(rows)
+        self.mask = self.mask[rows]
+
+
+class OwnForward:
+    """A model read by its own forward pass. Rows are left-padded: the last column is every row's newest token."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.device = inner.get_input_embeddings().weight.device
+        known = inspect.signature(inner.forward).parameters
+        self.positioned, self.trimmed = "position_ids" in known, "logits_to_keep" in known
+
+    def prefill(self, contexts: Sequence[Sequence[int]], owner: Sequence[int], room: int) -> tuple[Tensor, ModelCache]:
+        """As `Decoder.prefill`. A cache whose rows cannot be copied is filled row by row instead of once a group."""
+        logits, cache = self._read(contexts)
+        rows = torch.tensor(owner, device=self.device)
+        if len(rows) == len(contexts):
+            return logits, cache
+        if cache.foldable:
+            cache.keep(rows)
+            return logits[rows], cache
+        return self._read([contexts[i] for i in owner])
+
+    def _read(self, contexts: Sequence[Sequence[int]]) -> tuple[Tensor, ModelCache]:
+        width = max(len(c) for c in contexts)
+        tokens = torch.tensor([[*[0] * (width - len(c)), *c] for c in contexts], device=self.device)
+        mask = torch.arange(width, device=self.device) >= width - torch.tensor([[len(c)] for c in contexts], device=self.device)
+        out = self._call(tokens, mask.long(), None)
+        return out.logits[:, -1].float(), ModelCache(out.past_key_values, mask.long())
+
+    def step(self, tokens: Tensor, cache: ModelCache) -> Tensor:
+        """One token more for every row. (n,) int64 -> logits of the next (n, V) float32."""
+        cache.mask = torch.cat((cache.mask, cache.mask.new_ones(len(tokens), 1)), 1)
+        out = self._call(tokens[:, None], cache.mask, cache.kept)
+        cache.kept = out.past_key_values
+        return out.logits[:, -1].float()
+
+    def _call(self, tokens: Tensor, mask: Tensor, kept: Any) -> Any:
+        more: dict[str, Any] = {}
+        if self.positioned:
+            more["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)[:, -tokens.shape[1] :]
+        if self.trimmed:
+            more["logits_to_keep"] = 1
+        return self.model(input_ids=tokens, attention_mask=mask, past_key_values=kept, use_cache=True, **more)
+
+
+def can_select(cache: Any) -> bool:
+    """Whether rows of this cache can be copied and dropped."""
+    layers = getattr(cache, "layers", None)
+    return hasattr(cache, "batch_select_indices") and layers is not None and all(hasattr(layer, "batch_select_indices") for layer in layers)
+
+
+@contextmanager
+def decoding(model: nn.Module) -> Iterator[None]:
+    """For as long as the model's own forward pass decodes: activation checkpointing off, which in training mode would drop the cache.
+
+    Everything is put back at the end, also the tables that some rotary embeddings recompute for long sequences.
+    """
+    checkpointed = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
+    tables = [(m, dict(vars(m)), dict(m._buffers), {n: b.clone() for n, b in m._buffers.items() if b is not None}) for m in model.modules() if m._buffers]
+    try:
+        for module in checkpointed:
+            module.gradient_checkpointing = False  # type: ignore[assignment]
+        yield
+    finally:
+        for module in checkpointed:
+            module.gradient_checkpointing = True  # type: ignore[assignment]
+        for module, attributes, buffers, contents in tables:
+            vars(module).update(attributes)
+            for name, buffer in buffers.items():
+                module._buffers[name] = buffer
+                if buffer is not None:
+                    buffer.copy_(contents[name])

@@ -1,0 +1,194 @@
+"""Rollouts from the very weights that learn."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from localrl.batch import Request, Rollout
+from localrl.config import RolloutSettings
+from localrl.engines.cache import Cache
+from localrl.engines.decoder import Decoder, misfit
+from localrl.engines.generic import OwnForward, decoding
+from localrl.engines.graph import Replayed, obstacle
+from localrl.engines.sampling import Sampler, stream_keys
+from localrl.engines.stops import StopStrings, end_table, end_tokens
+from localrl.engines.wave import Finished, Wave
+from localrl.settings import UserError
+
+FOLD = {"cpu": 0.85, "cuda": 0.75}
+"""Share of rows still running at or below which the others are let go: moving the cache costs about what a step does, a capture more."""
+LOOK = {"cpu": 1, "cuda": 16}
+"""Steps between two looks for ends. A look makes a GPU wait."""
+LOOK_FOR_STRINGS = 8
+"""At least, where there are stop strings: tails are decoded to text."""
+
+
+class RowCache(Protocol):
+    """What a backend remembers of the rows of a wave."""
+
+    foldable: bool
+    """Rows can leave it."""
+
+    def grow(self) -> None: ...
+    def keep(self, rows: Tensor) -> None: ...
+
+
+class Backend(Protocol):
+    """A model that reads contexts, and then one token a row."""
+
+    def prefill(self, contexts: Sequence[Sequence[int]], owner: Sequence[int], room: int) -> tuple[Tensor, Any]: ...
+    def step(self, tokens: Tensor, cache: Any) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What one call of `generate` did."""
+
+    prefilled_tokens: int
+    """Of prompts and of what continued rollouts had written, each read once a group."""
+    generated_tokens: int
+    """Kept: none past an end."""
+    steps: int
+    """Forward passes of one token a row."""
+    alive: float
+    """Of the rows in those passes, the share that was not done yet."""
+    seconds: float
+
+
+class TorchEngine:
+    """Samples from a live transformers model with whatever adapters are on, and changes nothing about it.
+
+    The model stays in training mode (bitsandbytes' inference mode would repack 4-bit weights in place), without gradient. `progress`
+    hears how many of the call's rollouts are done, and of how many.
+    """
+
+    exact = True
+
+    def __init__(
+        self, model: Any, tokenizer: Any, settings: RolloutSettings, seed: int, progress: Callable[[int, int], None] | None = None
+    ) -> None:
+        self.model, self.tokenizer, self.settings, self.seed, self.progress = model, tokenizer, settings, seed, progress
+        self.stats = Stats(0, 0, 0, 0.0, 0.0)
+
+    def load(self, adapter: Path | None, version: int) -> None:
+        """Nothing to do: the weights are live."""
+
+    def generate(self, requests: list[Request], version: int, *, settings: RolloutSettings | None = None) -> list[Rollout]:
+        """One rollout for each request, in their order. `settings`: others for this call.
+
+        Reproducible: a rollout depends on the weights, the seed, the version, its prompt and its sample number, not on the other requests
+        (but for rounding: a matrix product may round differently in a larger batch). The token that completes a stop string is the last
+        one kept. Raises UserError if the logits are not finite.
+        """
+        settings = settings or self.settings
+        if self.model.training is False:
+            raise RuntimeError("the model must be in training mode: in inference mode bitsandbytes repacks 4-bit weights in place")
+        start = time.perf_counter()
+        call = _Call(self, requests, version, settings)
+        with torch.no_grad():
+            call.run(settings.concurrent or self.settings.concurrent or len(requests))
+        rollouts = call.rollouts()
+        self.stats = Stats(call.prefilled, call.generated, call.steps, call.useful / max(1, call.computed), time.perf_counter() - start)
+        return rollouts
+
+
+class _Call:
+    """One call of `generate`: what it needs throughout, and what it has."""
+
+    def __init__(self, engine: TorchEngine, requests: Sequence[Request], version: int, settings: RolloutSettings) -> None:
+        self.engine, self.requests, self.version, self.settings = engine, requests, version, settings
+        self.contexts = [(*r.prompt.tokens, *r.so_far) for r in requests]
+        self.limits = [settings.max_completion_length - len(r.so_far) for r in requests]
+        for request, context in zip(requests, self.contexts, strict=True):
+            if not context:
+                raise UserError(f"prompt {request.prompt.id} has no tokens: a response needs at least one to follow")
+        self.keys = stream_keys(engine.seed, version, requests)
+        self.sampler = Sampler(settings)
+        self.stops = StopStrings(engine.tokenizer, settings.stop)
+        self.written: dict[int, Finished] = {}
+        self.prefilled = self.generated = self.steps = self.useful = self.computed = 0
+
+    def run(self, concurrent: int) -> None:
+        """Wave after wave, prompts of like length together, groups side by side."""
+        todo = [i for i, limit in enumerate(self.limits) if limit > 0]
+        if not todo:
+            return
+        model = self.engine.model
+        longest = max(len(self.contexts[i]) + self.limits[i] for i in todo)
+        own = misfit(model, longest) is not None
+        todo.sort(key=lambda i: (-len(self.contexts[i]), self.contexts[i], i))
+        with decoding(model) if own else nullcontext():
+            backend: Backend = OwnForward(model) if own else self._decoder(longest)
+            for start in range(0, len(todo), concurrent):
+                self._wave(backend, todo[start : start + concurrent])
+
+    def _decoder(self, longest: int) -> Decoder:
+        model = self.engine.model
+        on_cpu = model.get_input_embeddings().weight.device.type == "cpu"
+        unpack = on_cpu if self.settings.weights == "auto" else self.settings.weights == "unpacked"
+        return Decoder(model, unpack, longest, fixed=not on_cpu and obstacle(model) is None)
+
+    def _wave(self, backend: Backend, places: list[int]) -> None:
+        index: dict[tuple[int, ...], int] = {}
+        owner = [index.setdefault(self.contexts[i], len(index)) for i in places]
+        requests, limits = [self.requests[i] for i in places], [self.limits[i] for i in places]
+        cache: RowCache
+        logits, cache = backend.prefill(list(index), owner, max(limits) - 1)
+        self.prefilled += sum(len(context) for context in index)
+        ends = end_table(end_tokens(self.engine.model, self.engine.tokenizer, self.settings.stop), logits.shape[1], logits.device)
+        wave = Wave(requests, self.keys[places], limits, ends, self.stops)
+        wave.take(logits, self.sampler)
+        device = logits.device.type
+        look = max(LOOK[device], LOOK_FOR_STRINGS if self.stops else 1)
+
+        def step() -> None:
+            wave.take(backend.step(wave.last, cache), self.sampler)
+
+        advance: Callable[[], None] = step
+        if isinstance(cache, Cache) and cache.fixed:
+            advance = Replayed(step, lambda: cache.form, lambda: [*cache.state, *wave.state])
+        running = len(wave)
+        while True:
+            wave.count += 1
+            if wave.count % look == 0 or wave.count == wave.room:
+                running = self._settle(wave, places)
+                if not running:
+                    return
+                if cache.foldable and running <= FOLD[device] * len(wave):
+                    cache.keep(wave.keep_running())
+            cache.grow()
+            advance()
+            self.steps, self.useful, self.computed = self.steps + 1, self.useful + running, self.computed + len(wave)
+
+    def _settle(self, wave: Wave, places: list[int]) -> int:
+        """Take over what has ended. -> rows that have not."""
+        ended = wave.settle()
+        for finished in ended:
+            self.written[places[finished.row]] = finished
+            self.generated += len(finished.tokens)
+        if ended and self.engine.progress is not None:
+            self.engine.progress(len(self.written), len(self.requests))
+        return wave.alive
+
+    def rollouts(self) -> list[Rollout]:
+        """In the requests' order."""
+        nothing = Finished(0, [], [], False)
+        found = [self.written.get(i, nothing) for i in range(len(self.requests))]
+        tokens = [(*request.so_far, *new.tokens) for request, new in zip(self.requests, found, strict=True)]
+        texts = self.engine.tokenizer.batch_decode(tokens, skip_special_tokens=True) if tokens else []
+        rollouts = []
+        for request, row, text, new in zip(self.requests, tokens, texts, found, strict=True):
+            if not math.isfinite(sum(new.logp)):
+                raise UserError(f"the model's logits are not finite (prompt {request.prompt.id}): its weights have diverged, lower optim.learning_rate")
+            logp = (*[math.nan] * len(request.so_far), *new.logp)                # an earlier call knows those of so_far
+            rollouts.append(Rollout(request, row, text, new.done, self.version, logp))
+        return rollouts

@@ -1,0 +1,186 @@
+"""What the trained model says: the logits that an exported file has to match.
+
+Where the live model computes in fp32, it is asked as it stands. Where it trains in bf16, or multiplies in int8, its own rounding (about
+1e-2 in a log-probability) would hide what is looked for, such as a wrong norm epsilon. Then the same transformers code runs on the same
+weights in fp32, layer by layer de-quantised, and the distance between the two is reported too.
+
+The model is never put into eval mode: bitsandbytes would repack 4-bit weights in place on some CPUs.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from localrl.export.families import context_length
+from localrl.export.weights import base_reader, causal_lm, lora_of, row_blocks, shape_of, stored
+
+FLOATS = 2**25
+"""Logits kept for the comparison in all: positions x vocabulary (128 MiB in fp32)."""
+SAMPLES = 16
+"""Most samples whose logits are compared: an 8B file on two cores takes minutes for them."""
+LONGEST = 512
+"""Most tokens of a sample that are looked at."""
+GREEDY = 16
+"""Tokens of greedy text."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt and what the policy answered, as token ids."""
+
+    prompt: tuple[int, ...]
+    response: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One sequence and the logits (keep, V) float32 that predict what follows each of its last `keep` tokens."""
+
+    tokens: tuple[int, ...]
+    logits: Tensor
+
+
+@dataclass(frozen=True)
+class Parting:
+    """Where a greedy text leaves the model's own first choices, and by how many nats the model preferred its own."""
+
+    prompt: int
+    """Which of the prompts."""
+    at: int
+    """Which token of the text."""
+    wanted: int
+    got: int
+    lead: float
+
+
+def computes_in_fp32(model: nn.Module) -> bool:
+    """Whether the live model's own forward pass is fp32 throughout, so that it can be compared strictly."""
+    for module in causal_lm(model).modules():
+        weight: Any = getattr(module, "weight", None)
+        if weight is None:
+            continue
+        if weight.is_floating_point() and weight.dtype != torch.float32:
+            return False
+        if weight.dtype == torch.int8 and weight.device.type != "cpu":  # LLM.int8 rounds the activations there
+            return False
+        if getattr(weight, "quant_state", None) is not None and getattr(module, "compute_dtype", None) not in (None, torch.float32):
+            return False
+    return True
+
+
+def is_on(model: nn.Module, adapter: str) -> bool:
+    """Whether this adapter, and no other, is what PEFT adds at the moment."""
+    layers: list[Any] = [module for module in model.modules() if hasattr(module, "lora_A")]
+    return all(list(layer.active_adapters) == [adapter] and not layer.disable_adapters for layer in layers)
+
+
+@contextmanager
+def exact(model: nn.Module, adapter: str | None) -> Iterator[None]:
+    """Within it the model's forward pass is fp32, with W + scaling * B A for `adapter` (None: W alone), whatever PEFT has active.
+
+    Only the `forward` attributes of linear layers and embeddings change, and they are put back.
+    """
+    lm = causal_lm(model)
+    leaves = [m for name, m in lm.named_modules() if isinstance(stored(m), nn.Linear | nn.Embedding) and not inside_lora(name)]
+    before = {id(m): vars(m).get("forward") for m in leaves}
+    for module in leaves:
+        module.forward = embed(module) if isinstance(stored(module), nn.Embedding) else linear(module, adapter)
+    try:
+        yield
+    finally:
+        for module in leaves:
+            if before[id(module)] is None:
+                del module.forward
+            else:
+                module.forward = before[id(module)]
+
+
+@contextmanager
+def reference(model: nn.Module, adapter: str | None) -> Iterator[None]:
+    """Within it the model is the one to compare with: as it stands where that is fp32 and this adapter is on, else `exact`."""
+    if adapter is not None and is_on(model, adapter) and computes_in_fp32(model):
+        yield
+    else:
+        with exact(model, adapter):
+            yield
+
+
+def inside_lora(name: str) -> bool:
+    """Whether this module belongs to a PEFT layer, which is replaced whole."""
+    return any(part == "base_layer" or part.startswith("lora_") for part in name.split("."))
+
+
+def embed(module: nn.Module) -> Any:
+    """Forward of an embedding in fp32."""
+    weight: Any = stored(module).weight
+    return lambda ids: weight.detach()[ids].float()
+
+
+def linear(module: nn.Module, adapter: str | None) -> Any:
+    """Forward of a linear layer in fp32, unmerged: x W' + scaling * (x A') B' + bias."""
+    bias, lora = getattr(stored(module), "bias", None), lora_of(module, adapter)
+
+    def forward(x: Tensor) -> Tensor:
+        read = base_reader(module)
+        y = torch.cat([x.float() @ read(rows).T for rows in row_blocks(shape_of(module))], -1)
+        if lora is not None:
+            a, b, scaling = lora
+            y = y + scaling * (x.float() @ a.float().T @ b.float().T)
+        return y if bias is None else y + bias.detach().float()
+
+    return forward
+
+
+@torch.no_grad()
+def last_logits(model: nn.Module, tokens: Sequence[int], keep: int) -> Tensor:
+    """(keep, V) float32 on the CPU, from the model as it stands (train mode, dropout 0)."""
+    ids = torch.tensor([list(tokens)], device=causal_lm(model).model.embed_tokens.weight.device)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="None of the inputs have requires_grad")  # gradient checkpointing without gradient
+        out = model(input_ids=ids, use_cache=False, logits_to_keep=keep)
+    return out.logits[0, -keep:].float().cpu()
+
+
+def ask(model: nn.Module, samples: Sequence[Sample], vocabulary: int) -> list[Asked]:
+    """The model's logits on the last positions of the first SAMPLES, as many as FLOATS allows; cut after LONGEST tokens."""
+    samples = samples[:SAMPLES]
+    share = max(1, FLOATS // (vocabulary * len(samples)))
+    cut = [(*sample.prompt, *sample.response)[: room(model)] for sample in samples]
+    return [Asked(tokens, last_logits(model, tokens, min(share, len(tokens)))) for tokens in cut if tokens]
+
+
+def room(model: nn.Module) -> int:
+    """Tokens of a sample that are looked at: LONGEST, or what the two agree on (llama.cpp has no sliding window here)."""
+    return min(LONGEST, context_length(causal_lm(model).config))
+
+
+def partings(model: nn.Module, prompts: Sequence[Sequence[int]], written: Sequence[Sequence[int]]) -> list[Parting]:
+    """Where texts that llama.cpp wrote greedily part from the model's first choices: one forward pass each, up to the first parting."""
+    found: list[Parting] = []
+    for number, (prompt, tokens) in enumerate(zip(prompts, written, strict=True)):
+        if not tokens:
+            continue
+        logp = torch.log_softmax(last_logits(model, [*prompt, *tokens[:-1]], len(tokens)), -1)
+        for at, (row, got) in enumerate(zip(logp, tokens, strict=True)):
+            wanted = int(row.argmax())
+            if wanted != got:
+                found.append(Parting(number, at, wanted, got, float(row[wanted] - row[got])))
+                break
+    return found
+
+
+def divergence(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p || q) of two sets of logits, nats per position. (n, V), (n, V) -> (n,) float64.
+
+    >>> divergence(torch.zeros(1, 3), torch.ones(1, 3)).item()
+    0.0
+    """
+    log_p, log_q = (torch.log_softmax(x.double(), -1) for x in (p, q))
+    return (log_p.exp() * (log_p - log_q)).sum(-1)

@@ -1,0 +1,275 @@
+"""The plan: which knobs, why, what each phase then needs, and a refusal with a way out where it does not fit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from itertools import combinations
+from typing import TYPE_CHECKING, Any
+
+from localrl.memory.bill import bill, peaks
+from localrl.memory.cards import CARD_SHARE, CONTEXT, GIB, Card, Device, gib
+from localrl.memory.knobs import KNOBS, Knob, largest
+from localrl.memory.shape import ModelShape, Quantization
+from localrl.memory.work import PHASES, Choice, Need, Phase, Work
+from localrl.settings import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+WHILE: Mapping[Phase, str] = {
+    "load": "while it loads",
+    "rollout": "while it rolls out",
+    "scoring": "while it scores",
+    "backward": "while it learns",
+    "optimiser": "while it updates",
+}
+SETTING: Mapping[str, str] = {
+    "concurrent": "rollout.concurrent",
+    "micro_batch_tokens": "memory.micro_batch_tokens",
+    "gradient_checkpointing": "memory.gradient_checkpointing",
+    "head_chunk": "memory.head_chunk",
+    "optimizer": "optim.optimizer",
+    "quantization": "model.quantization",
+    "max_completion_length": "rollout.max_completion_length",
+}
+"""Where the settings say what a sentence of ours recommends."""
+
+class DoesNotFit(UserError):
+    """The card is too small for what is asked; the sentence names the phase, its largest lines, and a way out."""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Immutable: what was asked, on which card, with which knobs, and what that needs."""
+
+    card: Card
+    shape: ModelShape
+    work: Work
+    knobs: tuple[Knob, ...]
+    asked: Mapping[str, Any]
+    """The knobs as they came, None where the plan was free."""
+
+    @cached_property
+    def items(self) -> tuple[Need, ...]:
+        """Every line of the bill, the margin among them."""
+        return bill(self.shape, self.work, self.choice)
+
+    @cached_property
+    def phases(self) -> dict[Phase, int]:
+        """Peak bytes of each phase: the sum of its lines."""
+        return peaks(self.items)
+
+    @cached_property
+    def choice(self) -> Choice:
+        """The knobs' values."""
+        return Choice(**{knob.name: knob.value for knob in self.knobs})
+
+    @property
+    def concurrent(self) -> int:
+        """Sequences decoded at once."""
+        return self.choice.concurrent
+
+    @property
+    def micro_batch_tokens(self) -> int:
+        """Padded tokens of one forward and backward pass."""
+        return self.choice.micro_batch_tokens
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether a layer keeps its input alone and is computed again."""
+        return self.choice.gradient_checkpointing
+
+    @property
+    def head_chunk(self) -> int:
+        """Tokens whose logits exist at a time."""
+        return self.choice.head_chunk
+
+    @property
+    def worst(self) -> Phase:
+        """The phase that needs most."""
+        return max(PHASES, key=lambda phase: self.phases[phase])
+
+    @property
+    def fits(self) -> bool:
+        """Every phase is within what the card has."""
+        return self.phases[self.worst] <= self.card.usable
+
+    @property
+    def not_counted(self) -> tuple[str, ...]:
+        """What these numbers leave out, in words."""
+        host = () if self.card.device == "cpu" else ("the computer's own memory (the process takes 2 to 4 GiB, loading reads through the page cache)",)
+        return (
+            *self.shape.not_counted,
+            *host,
+            "reward functions' worker processes",
+            "other programs that start to use the same memory during the run",
+            "export (it needs an fp32 copy of one layer at a time, and disk space for the file)",
+        )
+
+    def lines(self, phase: Phase) -> list[Need]:
+        """What makes up a phase, the largest first."""
+        return sorted((item for item in self.items if phase in item.phases), key=lambda item: -item.bytes)
+
+    def check(self) -> None:
+        """Raises DoesNotFit, in one sentence, if a phase needs more than the card has."""
+        if self.fits:
+            return
+        phase = self.worst
+        needs, has = self.phases[phase], self.card.usable
+        lines = [item for item in self.lines(phase) if not item.name.startswith("margin")]
+        largest = ", ".join(f"{item.name} {item.bytes / GIB:.1f}" for item in lines[:4])
+        raise DoesNotFit(f"needs {gib(needs)} {WHILE[phase]}, {self._owner} has {gib(has)}: {largest}, ...; {way_out(self)}")
+
+    @property
+    def _owner(self) -> str:
+        return "the machine" if self.card.device == "cpu" else "the card"
+
+    def split(self, sequence_length: Tensor) -> list[Tensor]:
+        """The rows of each micro-batch: longest first, as many as their padded tokens allow, each row in exactly one.
+
+        sequence_length (B,) int64 -> int64 tensors on its device. rows * longest <= `micro_batch_tokens`, but a longer row goes alone.
+        """
+        order = sequence_length.argsort(descending=True, stable=True)
+        longest = sequence_length[order].tolist()
+        parts, start = [], 0
+        while start < len(longest):
+            end = min(len(longest), start + max(1, self.micro_batch_tokens // max(1, longest[start])))
+            parts.append(order[start:end])
+            start = end
+        return parts
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """A table: a line of the bill each, then the peaks; columns are the name and the phases, in GiB, blank where it is absent."""
+        names = list(dict.fromkeys(item.name for item in self.items))
+        table = []
+        for name in names:
+            each = peaks(item for item in self.items if item.name == name)
+            table.append((name, *(f"{each[phase] / GIB:.2f}" if each[phase] else "" for phase in PHASES)))
+        return [*table, ("peak", *(f"{self.phases[phase] / GIB:.2f}" for phase in PHASES))]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "fits": self.fits,
+            "card": {"name": self.card.name, "device": self.card.device, "total": self.card.total, "usable": self.card.usable},
+            "phases": dict(self.phases),
+            "knobs": {knob.name: {"value": knob.value, "reason": knob.reason} for knob in self.knobs},
+            "items": [{"name": item.name, "bytes": item.bytes, "phases": list(item.phases)} for item in self.items],
+            "not_counted": list(self.not_counted),
+        }
+
+    def to_json(self) -> str:
+        """The same as text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+
+def make_plan(
+    shape: ModelShape,
+    *,
+    card_bytes: int | str | None,
+    quantization: Quantization,
+    compute_bytes: int,
+    lora_r: int,
+    lora_targets: str | Sequence[str],
+    critic: bool,
+    optimizer: str,
+    prompts_per_step: int,
+    num_generations: int,
+    max_prompt_length: int,
+    max_completion_length: int,
+    gradient_checkpointing: bool | None = None,
+    micro_batch_tokens: int | None = None,
+    concurrent: int | None = None,
+    head_chunk: int | None = None,
+    reference: bool = False,
+    device: Device = "cuda",
+    unpacked: bool | None = None,
+    fewest_generations: int = 1,
+    truncated: bool = False,
+) -> MemoryPlan:
+    """Choose every knob that is None, honour the others, and count. Never refuses: `MemoryPlan.check` does.
+
+    `card_bytes`: bytes, "16GiB", "RTX 4080", or None for what this machine has free. `unpacked`: rollouts copy the linear layers
+    (None: on a CPU). `fewest_generations`: samples of one prompt in the call that shares prompts least, an evaluation's; 1 is the safe
+    answer. `truncated`: top-p or top-k. UserError: an unknown card or adapter target, no CUDA device where one is asked for.
+    """
+    work = Work(
+        quantization, compute_bytes, lora_r, lora_targets if isinstance(lora_targets, str) else tuple(lora_targets), critic, optimizer,
+        prompts_per_step, num_generations, max_prompt_length, max_completion_length, reference, device,
+        device == "cpu" if unpacked is None else unpacked, min(fewest_generations, num_generations), truncated,
+    )  # fmt: skip
+    shape.adapter_parts(lora_r, work.lora_targets)
+    asked = {
+        "concurrent": concurrent,
+        "micro_batch_tokens": micro_batch_tokens,
+        "gradient_checkpointing": gradient_checkpointing,
+        "head_chunk": head_chunk,
+    }
+    return choose(Card.of(card_bytes, device), shape, work, asked)
+
+
+def choose(card: Card, shape: ModelShape, work: Work, asked: Mapping[str, Any]) -> MemoryPlan:
+    """The knobs one after the other, each judged with the smallest values of those that follow."""
+    least = Choice(1, work.longest, True, 256)
+    knobs: list[Knob] = []
+    for name, chooser in KNOBS.items():
+        settled = {knob.name: knob.value for knob in knobs}
+
+        def fits(phase: Phase, settled: Mapping[str, Any] = settled, **values: Any) -> bool:
+            return peaks(bill(shape, work, replace(least, **settled, **values)))[phase] <= card.usable
+
+        value, reason = chooser(card, shape, work, fits, settled) if asked[name] is None else (asked[name], "as set")
+        knobs.append(Knob(name, value, reason))
+    return MemoryPlan(card, shape, work, tuple(knobs), asked)
+
+
+def way_out(plan: MemoryPlan) -> str:
+    """Part of a sentence: the fewest changes of settings found that make it fit, or the card that it takes."""
+    told = [name for name, value in plan.asked.items() if value is not None]
+    for count in range(1, len(told) + 1):
+        for names in combinations(told, count):
+            freed = choose(plan.card, plan.shape, plan.work, {**plan.asked, **dict.fromkeys(names)})
+            if freed.fits:
+                return _try(freed, {name: getattr(freed, name) for name in names})
+    changes: dict[str, Any] = {}
+    free: dict[str, Any] = dict.fromkeys(plan.asked)
+    for lean in (replace(plan.work, optimizer="adamw_8bit"), replace(plan.work, quantization="nf4")):
+        changes |= {name: value for name, value in asdict(lean).items() if value != getattr(plan.work, name)}
+        plan = choose(plan.card, plan.shape, replace(plan.work, **changes), free)
+        if plan.fits:
+            break
+    given = {name: getattr(plan, name) for name in told}
+    if plan.fits:
+        return _try(plan, {**given, **changes})
+    shorter = _shorter(plan)
+    if shorter is not None:
+        return _try(shorter, {**given, **changes, "max_completion_length": shorter.work.max_completion_length})
+    total = gib(smallest_card(plan))
+    place = f"{total} of free memory" if plan.card.device == "cpu" else f"a card of {total}"
+    return f"no setting makes this model fit, it takes {place}: take a smaller model"
+
+
+def _shorter(plan: MemoryPlan) -> MemoryPlan | None:
+    """The same with the longest responses that fit, in steps of 64 tokens."""
+
+    def at(count: int) -> MemoryPlan:
+        return choose(plan.card, plan.shape, replace(plan.work, max_completion_length=64 * count), plan.asked)
+
+    steps = (plan.work.max_completion_length - 1) // 64
+    found = at(largest(1, steps, lambda count: at(count).fits)) if steps >= 1 else plan
+    return found if found.fits else None
+
+
+def smallest_card(plan: MemoryPlan) -> int:
+    """Total bytes that would do for responses of 64 tokens."""
+    short = choose(plan.card, plan.shape, replace(plan.work, max_completion_length=min(64, plan.work.max_completion_length)), plan.asked)
+    need = short.phases[short.worst]
+    return need if plan.card.device == "cpu" else round((need + CONTEXT) / CARD_SHARE)
+
+
+def _try(plan: MemoryPlan, changes: Mapping[str, Any]) -> str:
+    told = " ".join(f"{SETTING[name]}={str(value).lower() if isinstance(value, bool) else value}" for name, value in changes.items())
+    return f"try {told} ({gib(plan.phases[plan.worst])})"
