@@ -13,11 +13,11 @@ from __future__ import annotations
 import codecs
 import ctypes
 import json
-import os
 import re
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,7 +94,7 @@ class LlamaModel:
     """One loaded GGUF, with an adapter on top if given."""
 
     def __init__(self, path: Path, adapter: Path | None = None, *, n_ctx: int = 4096, threads: int | None = None) -> None:
-        """`n_ctx`: tokens of prompt and reply together, at most what the model was trained for. `threads`: None for the cores, 8 at most.
+        """`n_ctx`: tokens of prompt and reply together, at most what the model was trained for. `threads`: None for what is free.
 
         UserError if llama-cpp-python is missing, a file is no GGUF, llama.cpp refuses it, or the adapter does not fit.
         """
@@ -109,7 +109,7 @@ class LlamaModel:
         self.path, self.adapter = path, adapter
         self._writing: Reply | None = None  # there is one context: a reply ends where the next begins
         self.n_ctx = min(n_ctx, probe(path, adapter))
-        cores = threads or min(8, psutil.cpu_count(logical=False) or 1, os.cpu_count() or 1)
+        cores = threads or free_cores()
         self._cpp: Any = llama_cpp
         self._formatter: Any = Jinja2ChatFormatter
         self._loaded: Any = llama_cpp.Llama(
@@ -121,6 +121,7 @@ class LlamaModel:
             n_gpu_layers=-1,
             verbose=False,
         )
+        self._free = weakref.finalize(self, self._loaded.close)  # at the latest before the interpreter takes itself apart
         if adapter is not None:
             self._attach(adapter)
 
@@ -141,8 +142,7 @@ class LlamaModel:
 
     def close(self) -> None:
         """Give its memory back; the model is of no use afterwards."""
-        if self._loaded is not None:
-            self._loaded.close()
+        self._free()
         self._loaded = None
 
     def __enter__(self) -> Self:
@@ -194,9 +194,7 @@ class LlamaModel:
         """
         tokens = self.tokenize(prompt, whole=True) if isinstance(prompt, str) else list(prompt)
         if not tokens or len(tokens) >= self.n_ctx:
-            raise UserError(
-                f"a prompt of {len(tokens)} tokens does not fit a context of {self.n_ctx}: shorten it (at least 1), or raise n_ctx"
-            )
+            raise UserError(f"a prompt of {len(tokens)} tokens does not fit a context of {self.n_ctx}: shorten it (at least 1), or raise n_ctx")
         reply = Reply(iter(()), len(tokens))
         reply.pieces = self._write(reply, tokens, sampling or Sampling(), seed, fresh)
         return reply
@@ -256,6 +254,11 @@ class Held:
     def rest(self, text: str) -> str:
         """What was held back for a stop string that never came."""
         return "" if self.over else self.waiting + text
+
+
+def free_cores() -> int:
+    """Physical cores that nobody is using, 8 at most: threads that share a core with others wait for each other, spinning."""
+    return max(1, min(8, psutil.cpu_count(logical=False) or 1) - round(psutil.getloadavg()[0]))
 
 
 def require_gguf(path: Path) -> None:

@@ -1,17 +1,15 @@
 """The self-check: an exported file is loaded in a child process and has to say what the trained model says.
 
-Limits (measured on CPUs; the traps they are there for lie far above them):
+Limits, and what was measured on CPUs:
 
-| file | largest difference of a logit | mean KL, nats |
-|---|---|---|
-| F32 | 1e-4 x max(1, largest logit) | 1e-7 |
-| F16 | | 1e-5 x spread |
-| Q8_0 | | 1e-3 x spread |
+| file | mean KL, nats: limit | what is right | what goes wrong silently |
+|---|---|---|---|
+| F32 | 1e-7, and no logit off by more than 1e-4 x max(1, the largest logit) | 1e-11 | a wrong norm epsilon 3e-6 |
+| F16 | 1e-4 | 1e-6 | q and k interleaved where they must not be 8e-3 |
+| Q8_0 | 5e-3 | 7e-4 | rope scaling dropped 1e-2, q and k not interleaved 3e-2 |
 
-What goes wrong silently, mean KL: a wrong norm epsilon 3e-6, rope scaling dropped 1e-2, q and k not interleaved 3e-2, interleaved where
-they must not be 8e-3. What is right: F32 1e-11 or less, F16 5e-7, Q8_0 3e-4. `spread` is max(1, (largest logit / 16)^2): rounding moves
-a logit in proportion to its size and the divergence goes with the square, so a very sharp model may differ a little more. Greedy text has
-to agree for F32 and F16 except where the model itself was undecided; Q8_0 may part anywhere.
+Where the model's first choice leads by half a nat, the file's must be the same. Greedy text has to agree for F32 and F16 except where the
+model itself was undecided; Q8_0 may part anywhere.
 """
 
 from __future__ import annotations
@@ -29,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 
 from localrl.export.expected import Expected
@@ -39,10 +38,13 @@ WORKER = Path(__file__).with_name("check_worker.py")
 SECONDS = 3600.0
 """After which the child is given up: a 14B file on two cores takes minutes."""
 
+SMALL = 2**28
+"""Bytes of a file up to which one thread is enough."""
+
 MAX_ABS: Mapping[DType, float] = {"f32": 1e-4, "f16": np.inf, "q8_0": np.inf}
-MEAN_KL: Mapping[DType, float] = {"f32": 1e-7, "f16": 1e-5, "q8_0": 1e-3}
-TOP1: Mapping[DType, float] = {"f32": 1.0, "f16": 1.0, "q8_0": 0.99}
-"""Share of the decided positions (first choice leads by 0.2 nats) at which the first choice must be the same."""
+MEAN_KL: Mapping[DType, float] = {"f32": 1e-7, "f16": 1e-4, "q8_0": 5e-3}
+TOP1: Mapping[DType, float] = {"f32": 1.0, "f16": 1.0, "q8_0": 0.97}
+"""Share of the decided positions (first choice leads by half a nat) at which the first choice must be the same."""
 UNDECIDED: Mapping[DType, float] = {"f32": 1e-3, "f16": 5e-2, "q8_0": np.inf}
 """Lead in nats under which greedy text may part."""
 OWN_ROUNDING = 5e-2
@@ -104,12 +106,10 @@ class CheckReport:
 
 def run(file: Path, adapter: Path | None, expected: Expected) -> tuple[dict[str, Any] | None, str]:
     """The child's findings, or None and what it said before it died."""
-    size = file.stat().st_size
-    threads = 1 if size < 2**28 else os.cpu_count() or 1  # small files: waiting threads cost more than they bring
     job = {
         "model": str(file),
         "adapter": str(adapter) if adapter else None,
-        "threads": threads,
+        "threads": free_cores() if file.stat().st_size > SMALL else 1,
         "texts": expected.texts,
         "pieces": expected.pieces,
         "dialogues": expected.dialogues,
@@ -132,12 +132,16 @@ def run(file: Path, adapter: Path | None, expected: Expected) -> tuple[dict[str,
         return json.loads(paths[2].read_text()), ""
 
 
+def free_cores() -> int:
+    """Cores that nobody is using: llama.cpp's threads spin while they wait, and two on one busy core took ten times as long as one."""
+    return max(1, (os.cpu_count() or 1) - max(0, round(psutil.getloadavg()[0]) - 1))  # this process has been busy until now
+
+
 def judge(found: Mapping[str, Any], expected: Expected, parted: Sequence[Parting], dtype: DType) -> tuple[Row, ...]:
     """The child's findings against the limits."""
     logits = found["logits"]
     scale = logits["largest_logit"]
-    limit, spread = MAX_ABS[dtype] * max(1.0, scale), max(1.0, (scale / 16) ** 2)
-    kl = MEAN_KL[dtype] * (1.0 if dtype == "f32" else spread)
+    limit, kl = MAX_ABS[dtype] * max(1.0, scale), MEAN_KL[dtype]
     stops, ends = list(expected.stop_ids), set(found["ends"])
     extra = sorted(ends - set(stops))  # llama.cpp knows some end tokens by their text
     stopping = ends >= set(stops) and found["eos"] == stops[0] and set(extra) <= expected.harmless_ends

@@ -19,7 +19,7 @@ import numpy as np
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 from numpy.typing import NDArray
 
-DECIDED = 0.2
+DECIDED = 0.5
 """Nats by which a first choice leads the second for it to count as decided."""
 
 

@@ -116,7 +116,7 @@ def expect(model: nn.Module, tokenizer: Any, adapter: str | None, vocabulary: Vo
     if adapter is not None and is_on(model, adapter) and not computes_in_fp32(model):
         live = ask(model, told, rows)
         own = max(float(divergence(a.logits, b.logits).mean()) for a, b in zip(asked, live, strict=True))
-    prompts = [sample.prompt[: room(model) - GREEDY] for sample in told[:GREEDY_CASES]]
+    prompts = [sample.prompt[: max(1, room(model) - GREEDY)] for sample in told[:GREEDY_CASES]]
     dialogues, harmless = expected_dialogues(tokenizer), harmless_ends(vocabulary, told)
     return Expected(texts, pieces, note, dialogues, vocabulary.stop_ids, harmless, asked, prompts, own)
 

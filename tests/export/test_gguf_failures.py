@@ -1,0 +1,207 @@
+"""A file that is not the model is caught and put aside; one that is cancelled leaves nothing; what no GGUF can hold is refused before."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gguf import GGUFReader
+from transformers import AutoConfig, PreTrainedTokenizerFast
+
+from localrl.export import Sample, check_exportable, export
+from localrl.settings import UserError
+
+Live = Callable[..., tuple[Any, Any]]
+Samples = Callable[[Any], list[Sample]]
+Damage = Callable[[Path], None]
+
+
+def undo_interleaving(path: Path) -> None:
+    """q and k as transformers has them: the classic silent mistake, text stays plausible."""
+    for tensor in GGUFReader(path, "r+").tensors:
+        if tensor.name.endswith(("attn_q.weight", "attn_k.weight")):
+            rows = tensor.data
+            heads = {"q": 4, "k": 2}[tensor.name[len("blk.0.attn_")]]
+            rows[:] = rows.reshape(heads, len(rows) // heads // 2, 2, -1).swapaxes(1, 2).reshape(rows.shape).copy()
+
+
+def flip_bytes(path: Path) -> None:
+    """A few bytes of one matrix."""
+    tensor = next(t for t in GGUFReader(path, "r+").tensors if t.name == "blk.1.ffn_up.weight")
+    tensor.data.view(np.uint8)[3, 64:72] ^= 0x40
+
+
+def wrong_epsilon(path: Path) -> None:
+    """A norm's epsilon, which moves the distribution by a millionth."""
+    field = GGUFReader(path, "r+").fields["llama.attention.layer_norm_rms_epsilon"]
+    field.parts[field.data[0]][0] = 1e-5
+
+
+def wrong_eos(path: Path) -> None:
+    """Another end token: it would never stop."""
+    field = GGUFReader(path, "r+").fields["tokenizer.ggml.eos_token_id"]
+    field.parts[field.data[0]][0] = 65
+
+
+def other_token(path: Path) -> None:
+    """One letter of the vocabulary is another's."""
+    reader = GGUFReader(path, "r+")
+    field = reader.fields["tokenizer.ggml.tokens"]
+    first, second = (field.parts[field.data[i]] for i in (40, 41))
+    first[0], second[0] = second[0].copy(), first[0].copy()
+
+
+def other_template(path: Path) -> None:
+    """One letter of the chat template."""
+    field = GGUFReader(path, "r+").fields["tokenizer.chat_template"]
+    text = field.parts[field.data[0]]
+    text[bytes(text).index(b"assistant")] = ord("A")
+
+
+def no_gguf(path: Path) -> None:
+    """Rubbish at the front."""
+    with path.open("r+b") as stream:
+        stream.write(b"FUGG")
+
+
+def cut_short(path: Path) -> None:
+    """As after a full disk."""
+    with path.open("r+b") as stream:
+        stream.truncate(path.stat().st_size // 2)
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (undo_interleaving, "mean KL"),
+        (flip_bytes, "logits"),
+        (wrong_epsilon, "mean KL"),
+        (wrong_eos, "end tokens"),
+        (other_token, "tokens"),
+        (other_template, "chat template"),
+        (no_gguf, "loads"),
+        (cut_short, "loads"),
+    ],
+)
+def test_a_damaged_file_is_caught_and_put_aside(damage: Damage, named: str, live: Live, samples: Samples, tmp_path: Path) -> None:
+    model, tokenizer = live("llama", "none", tie_word_embeddings=True)
+
+    def interfere(done: int, total: int, name: str) -> None:
+        if name == "self-check":
+            damage(tmp_path / "model-merged-f32.gguf.tmp")
+
+    with pytest.raises(UserError, match=named):
+        export(model, tokenizer, tmp_path, what="merged", dtype="f32", samples=samples(tokenizer), progress=interfere)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model-merged-f32.gguf.failed", "model-merged-f32.gguf.failed.check.json"]
+    report = json.loads((tmp_path / "model-merged-f32.gguf.failed.check.json").read_text())
+    assert report["passed"] is False
+    assert named in [row["name"] for row in report["checks"] if not row["passed"]]
+
+
+def test_damage_shows_in_q8_0_as_well(live: Live, samples: Samples, tmp_path: Path) -> None:
+    model, tokenizer = live("llama", "none", tie_word_embeddings=True)
+
+    def interfere(done: int, total: int, name: str) -> None:
+        if name == "self-check":
+            undo_interleaving(tmp_path / "model-merged-q8_0.gguf.tmp")
+
+    with pytest.raises(UserError, match="mean KL"):
+        export(model, tokenizer, tmp_path, what="merged", dtype="q8_0", samples=samples(tokenizer), progress=interfere)
+
+
+@pytest.mark.parametrize("at", ["blk.0.attn_v.weight", "self-check"])
+def test_cancelled_leaves_nothing(at: str, live: Live, samples: Samples, tmp_path: Path) -> None:
+    model, tokenizer = live("llama", "nf4")
+
+    def cancel(done: int, total: int, name: str) -> None:
+        if name == at:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export(model, tokenizer, tmp_path, what="merged", dtype="f16", samples=samples(tokenizer), progress=cancel)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_older_export_survives_a_failing_one(live: Live, samples: Samples, tmp_path: Path) -> None:
+    model, tokenizer = live("llama", "none")
+    good = tmp_path / "model-merged-f32.gguf"
+    good.write_bytes(b"an older export")
+    with pytest.raises(UserError, match="loads"):
+        export(
+            model, tokenizer, tmp_path, what="merged", dtype="f32", samples=samples(tokenizer),
+            progress=lambda done, total, name: no_gguf(good.with_name(good.name + ".tmp")) if name == "self-check" else None,
+        )  # fmt: skip
+    assert good.read_bytes() == b"an older export"
+
+
+@pytest.mark.parametrize(
+    ("lora", "word"),
+    [
+        ({"use_dora": True}, "use_dora"),
+        ({"bias": "all"}, "bias"),
+        ({"lora_dropout": 0.1}, "lora_dropout"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "lm_head"),
+        ({"target_modules": ".*(lm_head|q_proj)"}, "lm_head"),
+        ({"target_modules": ["embed_tokens"]}, "embed_tokens"),
+    ],
+)
+def test_adapters_that_no_gguf_can_hold_are_refused_before_training(lora: dict[str, Any], word: str) -> None:
+    with pytest.raises(UserError, match=word):
+        check_exportable(AutoConfig.for_model("llama"), lora)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "word"),
+    [
+        ("gemma2", {}, "gemma2"),
+        ("llama", {"hidden_act": "gelu"}, "gelu"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "dynamic"),
+        ("qwen3", {"attention_bias": True}, "attention_bias"),
+    ],
+)
+def test_models_that_llama_cpp_computes_differently_are_refused(family: str, changes: dict[str, Any], word: str) -> None:
+    with pytest.raises(UserError, match=word):
+        check_exportable(AutoConfig.for_model(family, **changes), {})
+
+
+def test_live_models_are_looked_at_too(live: Live, samples: Samples, tmp_path: Path) -> None:
+    model, tokenizer = live("llama", lora={"target_modules": ["q_proj", "lm_head"]})
+    with pytest.raises(UserError, match="lm_head"):
+        export(model, tokenizer, tmp_path, what="merged", dtype="f32", samples=samples(tokenizer))
+    model, tokenizer = live("llama", lora={"use_dora": True})
+    with pytest.raises(UserError, match="use_dora"):
+        export(model, tokenizer, tmp_path, what="adapter", dtype="f32", samples=samples(tokenizer))
+    model, tokenizer = live("llama")
+    with pytest.raises(UserError, match="no adapter 'critic'"):
+        export(model, tokenizer, tmp_path, what="merged", dtype="f32", samples=samples(tokenizer), adapter="critic")
+    with pytest.raises(UserError, match="on prompts"):
+        export(model, tokenizer, tmp_path, what="merged", dtype="f32", samples=[])
+    with pytest.raises(UserError, match="q4_k"):
+        export(model, tokenizer, tmp_path, what="merged", dtype="q4_k", samples=samples(tokenizer))  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_diverged_weights_are_refused(live: Live, samples: Samples, tmp_path: Path) -> None:
+    model, tokenizer = live("llama")
+    layer = model.get_base_model().model.layers[1].mlp.up_proj.lora_B["policy"].weight
+    layer.data[0, 0] = 1e6
+    with pytest.raises(UserError, match="65504"):
+        export(model, tokenizer, tmp_path, what="merged", dtype="f16", samples=samples(tokenizer))
+    layer.data[0, 0] = float("nan")
+    with pytest.raises(UserError, match="NaN"):
+        export(model, tokenizer, tmp_path, what="merged", dtype="f32", samples=samples(tokenizer))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tokenizer_without_an_end_is_refused(make_model: Callable[..., Path]) -> None:
+    folder = make_model("llama")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    check_exportable(AutoConfig.from_pretrained(folder), {}, tokenizer)
+    tokenizer.eos_token = None
+    with pytest.raises(UserError, match="end token"):
+        check_exportable(AutoConfig.from_pretrained(folder), {}, tokenizer)
