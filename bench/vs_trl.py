@@ -24,10 +24,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 SHAPES = {
     "demo": {"prompts": 16, "group": 8, "length": 64},
     "25m": {"prompts": 4, "group": 8, "length": 64},
 }
+REWARDS = {"demo": "correct", "25m": "letters"}
 
 
 def model_folder(name: str, into: Path) -> Path:
@@ -64,14 +66,20 @@ def peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def correct(prompts: Any, completions: Any, answer: Any, **_: Any) -> list[float]:
-    """One reward for both: the built-in one."""
+def correct(completions: Any, answer: Any, **_: Any) -> list[float]:
+    """The embedded task's reward, the built-in one, for both sides."""
     from localrl.rewards.builtin import numeric_answer
 
     return [float(v or 0.0) for v in numeric_answer(completions=completions, answer=answer)]
 
 
-def run_trl(model: Path, shape: dict[str, int], steps: int, quantization: str, rate: float) -> dict[str, Any]:
+def letters(completions: Any, **_: Any) -> list[float]:
+    """For a random model, which no sum ever leaves: the share of small letters in what it says."""
+    texts = [c[0]["content"] if isinstance(c, list) else c for c in completions]
+    return [sum(ch.isascii() and ch.islower() for ch in text) / max(1, len(text)) for text in texts]
+
+
+def run_trl(model: Path, shape: dict[str, int], reward: str, steps: int, quantization: str, rate: float) -> dict[str, Any]:
     """GRPOTrainer with NF4 and LoRA as its documentation has it."""
     import datasets
     import torch
@@ -101,7 +109,7 @@ def run_trl(model: Path, shape: dict[str, int], steps: int, quantization: str, r
             times.append(time.perf_counter())
 
     trainer = GRPOTrainer(
-        model=base, args=config, reward_funcs=correct, train_dataset=datasets.Dataset.from_list(rows(steps * shape["prompts"])),
+        model=base, args=config, reward_funcs=globals()[reward], train_dataset=datasets.Dataset.from_list(rows(steps * shape["prompts"])),
         processing_class=AutoTokenizer.from_pretrained(model, padding_side="left"),
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"), callbacks=[Timer()],
     )  # fmt: skip
@@ -111,7 +119,7 @@ def run_trl(model: Path, shape: dict[str, int], steps: int, quantization: str, r
     return report(times, [row["reward"] for row in log], lengths, shape, marks["loaded"])
 
 
-def run_localrl(model: Path, shape: dict[str, int], steps: int, quantization: str, rate: float) -> dict[str, Any]:
+def run_localrl(model: Path, shape: dict[str, int], reward: str, steps: int, quantization: str, rate: float) -> dict[str, Any]:
     """Ours, through the same room that the command line uses."""
     from localrl.config import build
     from localrl.interrupt import Interrupts
@@ -124,7 +132,7 @@ def run_localrl(model: Path, shape: dict[str, int], steps: int, quantization: st
         run = build({
             "model": {"path": str(model), "quantization": quantization, "device": "cpu"},
             "data": {"path": str(data), "holdout": 0, "shuffle": False},
-            "rewards": {"functions": [{"function": "numeric_answer", "name": "correct"}]},
+            "rewards": {"functions": [f"{Path(__file__).resolve()}:{reward}"]},
             "algorithm": {"name": "grpo"}, "steps": steps, "optim": {"learning_rate": rate},
             "rollout": {"prompts_per_step": shape["prompts"], "num_generations": shape["group"], "max_completion_length": shape["length"]},
         })  # fmt: skip
@@ -188,7 +196,7 @@ def main() -> None:
 
         torch.set_num_threads(1)
         side = run_trl if arguments.side == "trl" else run_localrl
-        print(json.dumps(side(arguments.folder, SHAPES[arguments.model], arguments.steps, arguments.quantization, arguments.rate)))
+        print(json.dumps(side(arguments.folder, SHAPES[arguments.model], REWARDS[arguments.model], arguments.steps, arguments.quantization, arguments.rate)))
         return
     print("| model | step rate | generated tokens/s | peak memory above the model | reward at the end, TRL / localrl (start) |\n|---|---|---|---|---|")
     for name in SHAPES if arguments.model == "both" else [arguments.model]:

@@ -108,11 +108,11 @@ def plan(
 ) -> None:
     """What every phase of a run will need, before anything loads; from the model's config alone."""
     from localrl.config import load_run
-    from localrl.run import plan_run
+    from localrl.run import plan_for_card
 
     run = load_run(preset or (None if config else "demo"), config, overrides or [])
     cards = [c.strip() for c in card.split(",")] if card else [None]
-    plans = [plan_run(run, c) for c in cards]
+    plans = [plan_for_card(run, c) for c in cards]
     if as_json:
         print(json.dumps([json.loads(p.to_json()) for p in plans] if len(plans) > 1 else json.loads(plans[0].to_json()), indent=2))
         return

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from transformers import AutoConfig
 
@@ -71,15 +71,28 @@ def with_demo_data(data: DataSettings) -> DataSettings:
     return data.model_copy(update=files)
 
 
-def plan_run(run: Run, card: str | None = None) -> MemoryPlan:
-    """What every phase will need, from the model's config alone."""
+def plan_for_card(run: Run, card: str | None = None) -> MemoryPlan:
+    """What a run would need on a card named here or in the settings, whatever this machine has; without a name, on this machine."""
+    card = card or run.memory.card
+    if card is None or run.model.device == "cpu":
+        return plan_run(run)
+    run = run.model_copy(update={"memory": run.memory.model_copy(update={"card": card})})
+    return _plan(run, "cuda", 4 if run.model.compute_dtype == "float32" else 2)
+
+
+def plan_run(run: Run) -> MemoryPlan:
+    """What every phase will need on the device that the run will train on, from the model's config alone."""
     device = pick_device(run.model)
+    return _plan(run, "cuda" if device.type == "cuda" else "cpu", pick_dtype(run.model, device).itemsize)
+
+
+def _plan(run: Run, device: Literal["cuda", "cpu"], compute_bytes: int) -> MemoryPlan:
     needs_critic = "value" in run.algorithm.reads_before | run.algorithm.reads_during
     return make_plan(
         ModelShape.read(_model_config(run)),
-        card_bytes=card or run.memory.card,
+        card_bytes=run.memory.card,
         quantization=run.model.quantization,
-        compute_bytes=pick_dtype(run.model, device).itemsize,
+        compute_bytes=compute_bytes,
         lora_r=run.adapter.lora_r,
         lora_targets=run.adapter.lora_target_modules,
         critic=needs_critic,
@@ -93,7 +106,7 @@ def plan_run(run: Run, card: str | None = None) -> MemoryPlan:
         concurrent=run.rollout.concurrent,
         head_chunk=run.memory.head_chunk,
         reference="ref" in run.algorithm.reads_before | run.algorithm.reads_during,
-        device="cuda" if device.type == "cuda" else "cpu",
+        device=device,
         unpacked=None if run.rollout.weights == "auto" else run.rollout.weights == "unpacked",
         fewest_generations=run.eval.num_generations if run.eval.limit and run.eval.temperature else 1,
         truncated=bool(run.rollout.top_k) or run.rollout.top_p < 1,

@@ -27,7 +27,7 @@ FLOORS = [
     {"demo"},
     {"cli"},
 ]
-NEIGHBOURS = {("algebra", "batch"), ("engines", "policy"), ("export", "policy"), ("memory", "folder")}
+NEIGHBOURS = {("algebra", "batch"), ("engines", "policy"), ("policy", "engines"), ("export", "policy"), ("memory", "folder")}
 
 
 def room(path: Path) -> str:

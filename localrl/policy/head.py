@@ -148,7 +148,7 @@ class _ReadTokens(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True; once_differentiable would miss it where the incoming gradient is a constant
             raise RuntimeError("read_tokens has no second derivative: take its gradient without create_graph")
         others = (None,) * 6
-        if not ctx.needs_input_grad[0] or (g_logp is None and g_entropy is None and g_lse is None):
+        if g_logp is None and g_entropy is None and g_lse is None:
             return None, *others
         hidden, targets, top, log_total, entropy = ctx.saved_tensors
         head, temperature, chunk, tile = ctx.frozen

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from localrl.config import AdapterSettings, ModelSettings
@@ -57,6 +57,11 @@ def load_tokenizer(settings: ModelSettings) -> Any:
     path = model_path(settings)
     if Path(path).is_dir() and not any((Path(path) / name).exists() for name in TOKENIZER_FILES):
         raise UserError(f"{path} holds no tokenizer ({', '.join(TOKENIZER_FILES[:2])}): copy the tokenizer files of its base model there")
+    try:
+        # By class, transformers 5 may rebuild a tokenizer (another normaliser, added tokens); tokenizer.json is what the model was trained with.
+        return PreTrainedTokenizerFast.from_pretrained(path, revision=settings.revision)
+    except (OSError, ValueError, TypeError):
+        pass
     try:
         return AutoTokenizer.from_pretrained(path, revision=settings.revision)
     except (OSError, ValueError) as error:

@@ -19,6 +19,7 @@ from localrl.config import Run
 from localrl.policy.adapters import checkpoint_layers, using
 from localrl.policy.head import Head, read_tokens
 from localrl.policy.load import ADAPTER, CRITIC, attach, load_base, load_tokenizer
+from localrl.policy.lora import fold_adapters
 from localrl.policy.optim import NamedParameters, learning_rate, make_optimizer, restore_state, state_tensors
 from localrl.settings import UserError
 
@@ -37,6 +38,7 @@ class Policy:
         """Steps of the loop that are behind it; with `run.steps` it decides the learning rate."""
         self.head = Head.of(model)
         self.head.verify(model)
+        fold_adapters(model)
         self.head_chunk = head_chunk
         self.device = next(model.parameters()).device
         self.critic = nn.Linear(self.head.weight.shape[1], 1, device=self.device) if CRITIC in model.peft_config else None

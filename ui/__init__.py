@@ -1,0 +1,1 @@
+"""The UI's room, installed as `localrl_ui`. Empty yet: see README.md."""
