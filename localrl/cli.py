@@ -209,11 +209,13 @@ def presets(name: Annotated[str | None, typer.Argument(help="Print this one.")] 
     if name is not None:
         print(preset_path(name).read_text("utf-8"), end="")
         return
-    table = Table("preset", "model", "quantisation", "algorithm", "card", "group", "completion")
+    table = Table()
+    for heading in ("preset", "model", "algorithm", "card", "a step", "tokens"):
+        table.add_column(heading, no_wrap=heading == "preset", overflow="fold")
     for preset in every():
         run = load_run(preset)
-        table.add_row(preset, run.model.path, run.model.quantization, run.algorithm.name, run.memory.card or "this machine",
-                      f"{run.rollout.prompts_per_step} x {run.rollout.num_generations}", f"{run.rollout.max_completion_length} tokens")
+        table.add_row(preset, f"{run.model.path} ({run.model.quantization})", run.algorithm.name, run.memory.card or "any",
+                      f"{run.rollout.prompts_per_step} x {run.rollout.num_generations}", str(run.rollout.max_completion_length))
     console.print(table)
 
 
