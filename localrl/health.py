@@ -39,7 +39,7 @@ class Health:
             yield "cut", ("every completion was cut at rollout.max_completion_length: the model never ends by itself; "
                           "raise the limit, or check the end token and the chat template")
         if now.get("frac_unscored", 0) == 1:
-            yield "unscored", "no completion got any reward this step (every reward returned None or failed): nothing can be learned until one does"
+            yield "unscored", "no completion got any reward this step (every reward returned None or failed): nothing can be learned so"
 
     def _of_the_last_steps(self, now: dict[str, float], entropy: float) -> Iterator[tuple[str, str]]:
         if self._always("frac_reward_cancelling", 0.5):

@@ -38,7 +38,8 @@ def run_demo(console: Console, out: Path | None, seed: int, overrides: Sequence[
     console.print(before_and_after(path))
     for label, file in (("curves", picture), ("adapter", files[0]), ("merged model", files[1])):
         console.print(f"{label:>13}  {_short(file)}", highlight=False, soft_wrap=True)
-    console.print(f"\ntalk to it:    localrl chat {_short(path)}\nyour own data: localrl train data.path=mine.jsonl ... (README, tutorial)", highlight=False, soft_wrap=True)
+    console.print(f"\ntalk to it:    localrl chat {_short(path)}", highlight=False, soft_wrap=True)
+    console.print("your own data: localrl train data.path=mine.jsonl ... (README, tutorial)", highlight=False, soft_wrap=True)
     return path
 
 

@@ -90,7 +90,8 @@ class Cache:
         sitter = owner.new_zeros(prompts * self.seats)
         sitter[seat] = numbers
         moved = len(owner) < len(sitter) or bool((seat != numbers).any())
-        self.seat, self.sitter = (seat, sitter) if moved else (None, None)               # whole groups in order: nothing to move about
+        self.seat: Tensor | None = seat if moved else None                               # whole groups in order: nothing to move about
+        self.sitter: Tensor | None = sitter if moved else None
         outside = torch.arange(self.depth, device=owner.device) >= self.lengths[:, None]
         bias = torch.where(outside, -math.inf, 0.0).to(self.shape.dtype)
         self.hole = bias.repeat(self.shape.kv_heads, 1)[:, None] if bool(outside.any()) else None    # (Hkv * U, 1, P)
@@ -121,15 +122,16 @@ class Cache:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """One token a row: keep its keys and values, and read. (n, Hq, D), (n, Hkv, D), (n, Hkv, D) -> (n, Hq * D)."""
-        shape, prompts, rows, depth = self.shape, len(self.lengths), len(q), self.depth
+        shape, prompts, rows, depth = self.shape, self.lengths.shape[0], q.shape[0], self.depth
         kv, each = shape.kv_heads, shape.heads // shape.kv_heads
         for kept, part in zip(self.blocks[layer], (k, v), strict=True):                              # (Hkv, n, block, D)
             if self.fixed:
                 kept.index_copy_(2, self.at, part.to(shape.dtype).transpose(0, 1).unsqueeze(2))
             else:
                 kept.select(2, self.column - 1).copy_(part.transpose(0, 1))
-        shared, full, block = self.prompts[layer].flatten(1, 2), self.full[layer], self.blocks[layer][:, :, :, : self.width].flatten(1, 2)
-        q = q.to(shape.dtype).unflatten(1, (kv, each)).transpose(0, 1).contiguous()                  # (Hkv, n, each, D)
+        shared, full = self.prompts[layer].flatten(1, 2), self.full[layer]                           # shared: (2, Hkv * U, P, D)
+        block = self.blocks[layer][:, :, :, : self.width].flatten(1, 2)                              # (2, Hkv * n, columns, D)
+        q = q.to(shape.dtype).view(rows, kv, each, -1).transpose(0, 1).contiguous()                 # (Hkv, n, each, D)
         own = q.flatten(0, 1)                                                                        # (Hkv * n, each, D)
 
         asked = self._seated(q).view(kv * prompts, -1, shape.width)                                  # (Hkv * U, seats * each, D)
@@ -142,7 +144,7 @@ class Cache:
         pieces.append(torch.baddbmm(self.future[:, :, : self.width], own, block[0].transpose(1, 2), alpha=shape.scale))
         p = torch.softmax(torch.cat(pieces, -1), -1, dtype=torch.float32).to(shape.dtype)
 
-        near = self._seated(p[..., :depth].unflatten(0, (kv, rows))).reshape(kv * prompts, -1, depth)
+        near = self._seated(p[..., :depth].view(kv, rows, each, depth)).reshape(kv * prompts, -1, depth)
         read = self._risen(torch.bmm(near, shared[1]).view(kv, -1, each, shape.width)).flatten(0, 1)
         if full is not None:
             read = torch.baddbmm(read, p[..., depth : -self.width], full[1])

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from localrl.engines.cache import Cache, Shape
-from localrl.engines.weights import Linear, common_dtype, live, unpacked
+from localrl.engines.weights import Linear, common_dtype, live, multiply, unpacked
 
 FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 STATIC_ROPE = ("default", "linear", "yarn", "llama3")
@@ -43,6 +43,8 @@ def misfit(model: Any, longest: int) -> str | None:
         return f"its rotations depend on the sequence's length ({bare.model.rotary_emb.rope_type})"
     sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
     window = getattr(config, "sliding_window", None) if sliding else None
+    if 2 * len(bare.model.rotary_emb.inv_freq) != bare.model.layers[0].self_attn.head_dim:
+        return "it rotates a part of each head only"
     if window is not None and longest > window:
         return f"sequences of up to {longest} tokens pass its sliding window of {window}"
     if len(set(getattr(bare, "hf_device_map", {}).values())) > 1:
@@ -70,53 +72,56 @@ class Decoder:
 
     def __init__(self, model: Any, unpack: bool, longest: int, fixed: bool = False) -> None:
         bare = bare_model(model)
-        self.fixed = fixed
-        embed, config = bare.model.embed_tokens, bare.config
-        first = bare.model.layers[0].self_attn
-        self.device, self.dtype = embed.weight.device, embed.weight.dtype
-        self.embed: Linear = partial(F.embedding, weight=embed.weight.detach()) if type(embed) is nn.Embedding else embed     # past its hooks
-        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-        cached = torch.float32 if self.device.type == "cpu" else self.dtype     # attention on CPUs is slower in bf16 than in fp32
-        self.shape = Shape(len(bare.model.layers), heads, kv_heads, first.head_dim, first.scaling, cached)
-        names = [(a.q_proj, a.k_proj, a.v_proj) for a in (layer.self_attn for layer in bare.model.layers)]
-        pairs = unpack and self.dtype == torch.float32 and all(common_dtype(n, self.dtype) == torch.float32 for n in names)
-        self.pairs = pairs
+        inner, head, config, first = bare.model, bare.lm_head, bare.config, bare.model.layers[0].self_attn
+        plain = type(inner.embed_tokens) is nn.Embedding
+        self.embed: Linear = partial(F.embedding, weight=inner.embed_tokens.weight.detach()) if plain else inner.embed_tokens    # past hooks
+        self.device, self.own, self.unpack, self.fixed = inner.embed_tokens.weight.device, inner.embed_tokens.weight.dtype, unpack, fixed
+        self.apart = plain and type(head) is nn.Linear
+        """Past its making, it calls none of the model's modules."""
+        on_cpu = self.device.type == "cpu"
+        self.dtype = torch.float32 if unpack and on_cpu else self.own
+        """Of hidden states. On CPUs fp32 is quicker for all but the large products, and no further from a bf16 training path than bf16 is."""
+        self.shape = Shape(
+            layers=config.num_hidden_layers, heads=config.num_attention_heads, kv_heads=config.num_key_value_heads,
+            width=first.head_dim, scale=first.scaling, dtype=torch.float32 if on_cpu else self.own,
+        )  # fmt: skip
+        projections = [m for layer in inner.layers for m in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj)]
+        self.pairs = unpack and self.dtype == torch.float32 and common_dtype(projections, self.own) is not None
         """Dimensions i and i + D/2 of q and k stand side by side, so that a rotation is one complex product."""
-        order = _paired(heads, kv_heads, first.head_dim).to(self.device) if pairs else None
+        self.layers = [self._layer(layer.self_attn, layer.mlp, layer) for layer in inner.layers[: config.num_hidden_layers]]
+        self.norm, self.head = rms_norm(inner.norm, self.dtype), fp32_head(head, unpack)
+        cos, sin = inner.rotary_emb(torch.zeros(1, dtype=self.dtype, device=self.device), torch.arange(longest, device=self.device)[None])
+        half = self.shape.width // 2
+        turn = (torch.complex(cos[0, :, :half], sin[0, :, :half]),) if self.pairs else (cos[0], sin[0])
+        self.turn = [part[:, None] for part in turn]                 # (longest, 1, D) twice, or (longest, 1, D / 2) complex
 
-        def linear(*modules: nn.Module, order: Tensor | None = None) -> Linear:
-            dtype = common_dtype(modules, self.dtype) if unpack else None
-            return live(modules) if dtype is None else unpacked(modules, dtype, order)
+    def _layer(self, attention: Any, mlp: Any, layer: Any) -> Layer:
+        shape = self.shape
+        order = _paired(shape.heads, shape.kv_heads, shape.width).to(self.device) if self.pairs else None
+        return Layer(
+            attention_norm=rms_norm(layer.input_layernorm, self.dtype),
+            qkv=self._linear([attention.q_proj, attention.k_proj, attention.v_proj], order),
+            qk_norm=_qk_norm(attention, shape, order, self.dtype),
+            out=self._linear([attention.o_proj]),
+            mlp_norm=rms_norm(layer.post_attention_layernorm, self.dtype),
+            gate_up=self._linear([mlp.gate_proj, mlp.up_proj]),
+            activation=mlp.act_fn,
+            down=self._linear([mlp.down_proj]),
+        )
 
-        self.layers = [
-            Layer(
-                attention_norm=rms_norm(layer.input_layernorm),
-                qkv=linear(layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj, order=order),
-                qk_norm=_qk_norm(layer.self_attn, heads, kv_heads, order),
-                out=linear(layer.self_attn.o_proj),
-                mlp_norm=rms_norm(layer.post_attention_layernorm),
-                gate_up=linear(layer.mlp.gate_proj, layer.mlp.up_proj),
-                activation=layer.mlp.act_fn,
-                down=linear(layer.mlp.down_proj),
-            )
-            for layer in bare.model.layers[: config.num_hidden_layers]
-        ]
-        self.norm, self.head = rms_norm(bare.model.norm), fp32_head(bare.lm_head)
-        cos, sin = bare.model.rotary_emb(torch.zeros(1, dtype=self.dtype, device=self.device), torch.arange(longest, device=self.device)[None])
-        half = first.head_dim // 2
-        turn = (torch.complex(cos[0, :, :half], sin[0, :, :half]),) if pairs else (cos[0], sin[0])
-        self.turn = tuple(part[:, None].clone() for part in turn)               # (longest, 1, D) or (longest, 1, D/2) complex
+    def _linear(self, modules: Sequence[nn.Module], order: Tensor | None = None) -> Linear:
+        dtype = common_dtype(modules, self.own) if self.unpack else None
+        self.apart &= dtype is not None
+        return live(modules) if dtype is None else unpacked(modules, dtype, order)
 
     def prefill(self, contexts: Sequence[Sequence[int]], owner: Sequence[int], room: int) -> tuple[Tensor, Cache]:
-        """Read U contexts, longest first or last, for rows that each continue one: `owner` (n,) says which, `room` how many tokens they may add.
+        """Read U contexts for n rows that each continue one: `owner` (n,) says which, `room` how many more tokens they will be given.
 
-        -> logits of the first token of every row (n, V) float32, and the rows' cache.
+        -> logits of every row's first new token (n, V) float32, and the rows' cache. Contexts of like length should stand together.
         """
-        lengths = torch.tensor([len(c) for c in contexts])
-        cache = Cache(self.shape, lengths, torch.tensor(owner), room, self.device, self.fixed)
-        logits = []
-        for start, end in _chunks([len(c) for c in contexts]):
-            logits.append(self._read(contexts[start:end], start, cache))
+        lengths = [len(context) for context in contexts]
+        cache = Cache(self.shape, torch.tensor(lengths), torch.tensor(owner), room, self.device, self.fixed)
+        logits = [self._read(contexts[start:end], start, cache) for start, end in _chunks(lengths)]
         return torch.cat(logits)[cache.owner], cache
 
     def _read(self, contexts: Sequence[Sequence[int]], start: int, cache: Cache) -> Tensor:
@@ -131,14 +136,14 @@ class Decoder:
             read = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.shape.scale, enable_gqa=q.shape[1] != k.shape[1])
             return read.transpose(1, 2).reshape(count * width, -1)
 
-        x = self._layers(self.embed(tokens.flatten()), positions, attend)
+        x = self._layers(self.embed(tokens.flatten()).to(self.dtype), positions, attend)
         last = torch.arange(count, device=self.device) * width + torch.tensor([len(c) - 1 for c in contexts], device=self.device)
         return self.head(self.norm(x[last]))
 
     def step(self, tokens: Tensor, cache: Cache) -> Tensor:
         """One token more for every row. (n,) int64 -> logits of the next (n, V) float32."""
         cache.advance()
-        return self.head(self.norm(self._layers(self.embed(tokens), cache.position, cache.attend)))
+        return self.head(self.norm(self._layers(self.embed(tokens).to(self.dtype), cache.position, cache.attend)))
 
     def _layers(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """(n, H) at `positions` (n,) -> (n, H) before the last norm."""
@@ -146,7 +151,7 @@ class Decoder:
         rotated = shape.heads + shape.kv_heads
         turn = [part.index_select(0, positions) for part in self.turn]
         for index, layer in enumerate(self.layers):
-            heads = layer.qkv(layer.attention_norm(x)).view(len(x), rotated + shape.kv_heads, shape.width)
+            heads = layer.qkv(layer.attention_norm(x)).view(x.shape[0], rotated + shape.kv_heads, shape.width)
             qk = heads[:, :rotated]
             if layer.qk_norm is not None:
                 qk = layer.qk_norm(qk)
@@ -158,13 +163,13 @@ class Decoder:
         return x
 
 
-def rms_norm(module: Any, weight: Tensor | None = None) -> Linear:
-    """Root-mean-square norm over the last dimension with the module's weight and epsilon."""
+def rms_norm(module: Any, dtype: torch.dtype, weight: Tensor | None = None) -> Linear:
+    """Root-mean-square norm over the last dimension, of hidden states of `dtype`, with the module's epsilon and its weight or this one."""
     weight = module.weight.detach() if weight is None else weight
     size, epsilon = weight.shape[-1], module.variance_epsilon
-    if weight.dtype != torch.float32 or weight.device.type != "cpu":
+    if dtype != torch.float32 or weight.device.type != "cpu":
         return lambda x: weight * F.rms_norm(x, (size,), None, epsilon)          # two roundings, as transformers has them
-    scaled, floor = weight * size**0.5, torch.tensor((size * epsilon) ** 0.5)
+    scaled, floor = weight.float() * size**0.5, torch.tensor((size * epsilon) ** 0.5)
 
     def norm(x: Tensor) -> Tensor:
         # x / sqrt(mean(x^2) + epsilon) = sqrt(size) x / hypot(|x|, sqrt(size epsilon)): a third of the time of torch's own on a CPU
@@ -173,28 +178,28 @@ def rms_norm(module: Any, weight: Tensor | None = None) -> Linear:
     return norm
 
 
-def fp32_head(layer: nn.Module) -> Linear:
+def fp32_head(layer: nn.Module, unpack: bool) -> Linear:
     """The output layer with fp32 logits: rounded to bf16 they would be another distribution. (n, H) -> (n, V) float32."""
     if type(layer) is not nn.Linear:
         return lambda x: layer(x).float()
     weight, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach().float()
-    if weight.dtype == torch.float32:
+    if weight.dtype == torch.float32 and not unpack:
         return lambda x: F.linear(x.float(), weight, bias)
     if weight.device.type == "cuda":
         product: Linear = lambda x: torch.mm(x.to(weight.dtype), weight.t(), out_dtype=torch.float32)  # noqa: E731
         return product if bias is None else lambda x: product(x) + bias
-    wide = weight.float()
-    return lambda x: F.linear(x.float(), wide, bias)
+    product = multiply(weight.float(), bias)
+    return lambda x: product(x.float())
 
 
-def _qk_norm(attention: Any, heads: int, kv_heads: int, order: Tensor | None) -> Linear | None:
+def _qk_norm(attention: Any, shape: Shape, order: Tensor | None, dtype: torch.dtype) -> Linear | None:
     if not hasattr(attention, "q_norm"):
         return None
     q, k = (norm.weight.detach() for norm in (attention.q_norm, attention.k_norm))
-    weight = torch.cat([q.expand(heads, -1), k.expand(kv_heads, -1)])
+    weight = torch.cat([q.expand(shape.heads, -1), k.expand(shape.kv_heads, -1)])
     if order is not None:
         weight = weight.flatten()[order[: weight.numel()]].view_as(weight)
-    return rms_norm(attention.q_norm, weight)
+    return rms_norm(attention.q_norm, dtype, weight)
 
 
 def _paired(heads: int, kv_heads: int, width: int) -> Tensor:
@@ -210,7 +215,8 @@ def _paired(heads: int, kv_heads: int, width: int) -> Tensor:
 
 def _turn_pairs(qk: Tensor, turn: Tensor) -> Tensor:
     """(n, heads, D) times (n, 1, D/2) complex."""
-    return torch.view_as_real(torch.view_as_complex(qk.unflatten(2, (-1, 2))) * turn).flatten(2)
+    count, heads, width = qk.shape
+    return torch.view_as_real(torch.view_as_complex(qk.view(count, heads, -1, 2)) * turn).view(count, heads, width)
 
 
 def _turn_halves(qk: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

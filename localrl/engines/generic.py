@@ -31,6 +31,8 @@ class ModelCache:
 class OwnForward:
     """A model read by its own forward pass. Rows are left-padded: the last column is every row's newest token."""
 
+    apart = False
+
     def __init__(self, model: Any) -> None:
         self.model = model
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -85,7 +87,7 @@ def decoding(model: nn.Module) -> Iterator[None]:
     Everything is put back at the end, also the tables that some rotary embeddings recompute for long sequences.
     """
     checkpointed = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
-    tables = [(m, dict(vars(m)), dict(m._buffers), {n: b.clone() for n, b in m._buffers.items() if b is not None}) for m in model.modules() if m._buffers]
+    tables = [(m, dict(vars(m)), [(n, b, b.clone()) for n, b in m._buffers.items() if b is not None]) for m in model.modules() if m._buffers]
     try:
         for module in checkpointed:
             module.gradient_checkpointing = False  # type: ignore[assignment]
@@ -93,9 +95,7 @@ def decoding(model: nn.Module) -> Iterator[None]:
     finally:
         for module in checkpointed:
             module.gradient_checkpointing = True  # type: ignore[assignment]
-        for module, attributes, buffers, contents in tables:
+        for module, attributes, buffers in tables:
             vars(module).update(attributes)
-            for name, buffer in buffers.items():
-                module._buffers[name] = buffer
-                if buffer is not None:
-                    buffer.copy_(contents[name])
+            for name, buffer, content in buffers:
+                module._buffers[name] = buffer.copy_(content)

@@ -12,12 +12,10 @@ from torch import Tensor, nn
 Step = Callable[[], None]
 
 
-def obstacle(model: nn.Module) -> str | None:
-    """What in this model is known not to be capturable; None: nothing."""
-    for module in model.modules():
-        if type(module).__name__ == "Linear8bitLt" and getattr(module, "state", None) is not None and module.state.threshold > 0:  # type: ignore[union-attr]
-            return "LLM.int8() looks for outliers on the host at every step"
-    return None
+def capturable(model: nn.Module) -> bool:
+    """Whether nothing in this model is known to stand against it: LLM.int8() with a threshold asks the host at every product."""
+    layers: list[Any] = [module for module in model.modules() if type(module).__name__ == "Linear8bitLt"]
+    return all(layer.state.threshold == 0 for layer in layers)
 
 
 class Replayed:
@@ -61,7 +59,7 @@ class Replayed:
             self.failed = True
             self._restore(before)
             reason = str(error).strip().splitlines()[0]
-            warnings.warn(f"the decoding step cannot be captured as a CUDA graph and runs slower without ({reason})", RuntimeWarning, stacklevel=2)
+            warnings.warn(f"the decoding step runs without a CUDA graph, which is slower: {reason}", RuntimeWarning, stacklevel=2)
             return
         self.graph = graph
 

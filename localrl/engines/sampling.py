@@ -49,7 +49,7 @@ def uniforms(keys: Words, start: Sequence[int], count: int) -> NDArray[np.float6
     True
     """
     positions = np.arange(1, count + 1, dtype=np.uint64)[:, None] + _words(start)
-    return (_mix(keys + positions * np.uint64(GOLDEN)) >> np.uint64(11)) * 2.0**-53
+    return (_mix(keys + positions * np.uint64(GOLDEN)) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 class Sampler:
@@ -94,14 +94,14 @@ def inverse_cdf(p: Tensor, uniform: Tensor) -> Tensor:
     >>> inverse_cdf(torch.tensor([[0.0, 0.25, 0.0, 0.75]] * 3), torch.tensor([0.0, 0.2, 0.25], dtype=torch.float64)).flatten().tolist()
     [1, 1, 3]
     """
-    size = BLOCK if p.shape[1] > 32 * BLOCK else 32
+    last, size = p.shape[1] - 1, BLOCK if p.shape[1] > 32 * BLOCK else 32
     if short := -p.shape[1] % size:
         p = torch.nn.functional.pad(p, (0, short))
     blocks = p.unflatten(1, (-1, size))                              # (n, V / size, size)
     upto = blocks.sum(-1).cumsum(-1, dtype=torch.float64)
     aim = uniform[:, None] * upto[:, -1:]
-    block = torch.searchsorted(upto, aim, right=True).clamp_max_(blocks.shape[1] - 1)        # it would pass the end only for NaN
+    block = torch.searchsorted(upto, aim, right=True).clamp_max_(blocks.shape[1] - 1)        # past the end only for NaN
     start = torch.where(block > 0, upto.gather(1, (block - 1).clamp_min(0)), 0.0)
     share = (aim - start) / (upto.gather(1, block) - start)          # within the block, [0, 1)
     inside = blocks.gather(1, block[:, :, None].expand(-1, -1, size)).squeeze(1).cumsum(-1, dtype=torch.float64)
-    return block.mul_(size).add_(torch.searchsorted(inside, share * inside[:, -1:], right=True).clamp_max_(size - 1))
+    return block.mul_(size).add_(torch.searchsorted(inside, share * inside[:, -1:], right=True)).clamp_max_(last)

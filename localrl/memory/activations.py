@@ -29,7 +29,7 @@ def inside(shape: ModelShape, work: Work, checkpointing: bool) -> float:
 def forward(shape: ModelShape, work: Work, length: int) -> float:
     """Peak of one layer without gradient, for sequences of that length."""
     own = 12 * shape.hidden + 12 * shape.ffn if work.compute_bytes == 2 else 20 * shape.hidden + 15 * shape.ffn
-    return own + _int32(shape, work) + _extras(shape, 8) + _scores(shape, length, 11)
+    return own + _int32(shape, work) + _extras(shape, 8) + _scores(shape, length, 6.5)
 
 
 def head(shape: ModelShape, work: Work, choice: Choice, backward: bool) -> int:
@@ -63,7 +63,7 @@ def _extras(shape: ModelShape, fused_mlp: int) -> float:
     return 4 * max(0, shape.norms - 2) * shape.hidden + heads + fused
 
 
-def _scores(shape: ModelShape, length: int, each: int) -> float:
+def _scores(shape: ModelShape, length: int, each: float) -> float:
     """Attention scores of a token, where no fused kernel avoids them."""
     return each * shape.heads * length if shape.eager else 0
 

@@ -53,9 +53,10 @@ def _weights(shape: ModelShape, work: Work) -> list[Need]:
     parts = shape.adapter_parts(work.lora_r, work.lora_targets) * (2 if work.critic else 1)
     count = adapter_count(shape, work)
     base = f"base ({8 * work.compute_bytes} bit)" if work.quantization == "none" else f"base ({work.quantization})"
+    embedding = 4 * shape.vocab * shape.hidden if work.device == "cpu" else 0          # converted here; for a GPU, before it gets there
     return [
         Need(base, shape.base_bytes(work.quantization, work.compute_bytes), PHASES),
-        Need("one layer's weight before it is quantised", shape.largest * (work.compute_bytes + 2), ("load",)),
+        Need("the largest weight as the file has it", max(shape.largest * (work.compute_bytes + 2), embedding), ("load",)),
         Need("adapters and critic (fp32)" if work.critic else "adapter (fp32)", 4 * count, PHASES),
         Need(f"optimiser state ({work.optimizer})", state_bytes(parts, work.optimizer), PHASES[1:]),
         Need("gradients (fp32)", 4 * count, ("backward", "optimiser")),
@@ -73,13 +74,12 @@ def _reading(shape: ModelShape, work: Work, choice: Choice) -> list[Need]:
     """A pass is at its fullest either in the output layer or in a decoder layer: the larger counts."""
     tokens, width, on = micro_batch(work, choice), shape.hidden * work.compute_bytes, choice.gradient_checkpointing
     layer, layer_alone = round(tokens * activations.inside(shape, work, on)), round(tokens * activations.forward(shape, work, work.longest))
-    output = activations.head(shape, work, choice, True) + 2 * tokens * width
-    output_alone = activations.head(shape, work, choice, False)
+    output = activations.head(shape, work, choice, True) + 4 * tokens * width
+    output_alone = activations.head(shape, work, choice, False) + 2 * tokens * width
     return [
         Need("layer inputs kept" if on else "activations kept", round(tokens * activations.kept(shape, work, on)), ("backward",)),
         Need("the output layer" if output > layer else "the layer at work", max(output, layer), ("backward",)),
         Need("the output layer" if output_alone > layer_alone else "the layer at work", max(output_alone, layer_alone), ("scoring",)),
-        Need("hidden states", 2 * tokens * width, READING),
         Need("one layer's weight, unpacked", shape.largest * work.compute_bytes if work.quantization != "none" else 0, READING),
     ]
 

@@ -141,14 +141,21 @@ class MemoryPlan:
             start = end
         return parts
 
+    @property
+    def unit(self) -> str:
+        """In which `rows` counts."""
+        return "GiB" if self.phases[self.worst] >= 2 * GIB else "MiB"
+
     def rows(self) -> list[tuple[str, ...]]:
-        """A table: a line of the bill each, then the peaks; columns are the name and the phases, in GiB, blank where it is absent."""
-        names = list(dict.fromkeys(item.name for item in self.items))
-        table = []
-        for name in names:
-            each = peaks(item for item in self.items if item.name == name)
-            table.append((name, *(f"{each[phase] / GIB:.2f}" if each[phase] else "" for phase in PHASES)))
-        return [*table, ("peak", *(f"{self.phases[phase] / GIB:.2f}" for phase in PHASES))]
+        """A table in `unit`: each line of the bill, then the peaks; columns are the name and the phases, blank where a line is absent."""
+        size, digits = (GIB, 2) if self.unit == "GiB" else (2**20, 1)
+
+        def cells(each: Mapping[Phase, int]) -> list[str]:
+            return [f"{each[phase] / size:.{digits}f}" if each[phase] else "" for phase in PHASES]
+
+        names = dict.fromkeys(item.name for item in self.items)
+        table = [(name, *cells(peaks(item for item in self.items if item.name == name))) for name in names]
+        return [*table, ("peak", *cells(self.phases))]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""

@@ -15,6 +15,8 @@ OWN_LOOP = ("llama", "mistral", "qwen2", "qwen3")
 """Families of `localrl.engines.decoder`."""
 PREFILL_TOKENS = 4096
 """Tokens of prompts that are read at once (`localrl.engines.decoder`)."""
+BLOCK = 16
+"""Tokens by which the cache of the responses grows (`localrl.engines.cache`)."""
 SAMPLED_AT_ONCE = 2**24
 """Logits that the sampler works on at once (`localrl.engines.sampling`)."""
 
@@ -33,16 +35,16 @@ def rollout_lasting(shape: ModelShape, work: Work, choice: Choice) -> list[Need]
     """There through the whole wave."""
     rows, own = choice.concurrent, shares_prompts(shape, work)
     if own:
-        tokens = prompts_in_wave(work, rows) * work.max_prompt_length + rows * work.max_completion_length
+        tokens = prompts_in_wave(work, rows) * work.max_prompt_length + rows * (work.max_completion_length + BLOCK)
         cache = shape.kv_bytes(tokens, work.cache_bytes)
     else:
         cache = rows * shape.kv_bytes(work.longest, work.compute_bytes, windowed=True)
     copy = shape.quantisable * work.compute_bytes if own and work.unpacked else 0
-    wide = 4 * shape.vocab * shape.hidden if own and work.compute_bytes == 2 and not work.mixed else 0
+    head = 4 * shape.vocab * shape.hidden if own and work.device == "cpu" else 0
     return [
         Need("KV cache", cache, ("rollout",)),
         Need("unpacked weights for sampling", copy, ("rollout",)),
-        Need("output layer in fp32", wide, ("rollout",)),
+        Need("output layer laid out for sampling", head, ("rollout",)),
         Need("what the wave has written", 20 * rows * work.max_completion_length, ("rollout",)),
     ]
 
@@ -61,7 +63,7 @@ def rollout_passing(shape: ModelShape, work: Work, choice: Choice) -> list[Need]
     live = work.quantization != "none" and not (own and work.unpacked)
     unpacking = 4 * shape.hidden * shape.ffn * work.compute_bytes if own and work.unpacked else 0     # parts, then joined
     return [
-        Need("reading prompts, attending, moving the cache", round(max(reading, step, moving, unpacking)), ("rollout",)),
+        Need("scratch of reading and sampling", round(max(reading, step, moving, unpacking)), ("rollout",)),
         Need("logits and sampling", 4 * rows * shape.vocab + max(sampled, 8 * prompts * shape.vocab), ("rollout",)),
         Need("one layer's weight, unpacked", shape.largest * work.compute_bytes if live else 0, ("rollout",)),
     ]

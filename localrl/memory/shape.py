@@ -8,58 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from localrl.memory.families import FAMILIES, SAME_BUILD, Family
 from localrl.settings import UserError, nearest
 
 Quantization = Literal["nf4", "int8", "none"]
-
-
-@dataclass(frozen=True)
-class Family:
-    """What the config of one model type does not say, because its code does."""
-
-    tied: bool = False
-    """Whether the output layer is the embedding, where `tie_word_embeddings` is left out."""
-    head_dim: int | None = None
-    """Width of a head where `head_dim` is left out; None: hidden size / heads."""
-    mlp: Literal["gated", "fused", "plain"] = "gated"
-    """gate, up and down; gate and up in one layer; or only up and down (fc1, fc2)."""
-    fused_attention: bool = False
-    """Query, key and value are one layer."""
-    attention_biases: Literal["setting", "qkv", "all", "none"] = "none"
-    """Which projections carry a bias; setting: all, if `attention_bias` says so."""
-    norms: int = 2
-    """Norms of hidden width in a layer."""
-    head_norms: bool = False
-    """Queries and keys have a norm as wide as a head."""
-    layer_norm: bool = False
-    """LayerNorm with bias instead of RMSNorm, and an output layer with a bias."""
-    window_everywhere: bool = False
-    """`sliding_window` speaks of every layer even without `layer_types`."""
-    eager: bool = False
-    """transformers computes its attention without a fused kernel: (heads, tokens, tokens) scores exist."""
-    defaults: Mapping[str, int] | None = None
-    """Values of keys that published configs leave out."""
-
-
-_GEMMA3 = {"vocab_size": 262_208, "num_attention_heads": 8, "num_key_value_heads": 4}
-FAMILIES: Mapping[str, Family] = {
-    "llama": Family(attention_biases="setting"),
-    "mistral": Family(window_everywhere=True),
-    "ministral": Family(window_everywhere=True),
-    "qwen2": Family(attention_biases="qkv"),
-    "qwen3": Family(head_dim=128, attention_biases="setting", head_norms=True),
-    "smollm3": Family(tied=True, attention_biases="setting"),
-    "granite": Family(attention_biases="setting"),
-    "gemma": Family(tied=True, head_dim=256, attention_biases="setting"),
-    "gemma2": Family(tied=True, head_dim=256, attention_biases="setting", norms=4, window_everywhere=True, eager=True),
-    "gemma3_text": Family(tied=True, head_dim=256, attention_biases="setting", norms=4, head_norms=True, defaults=_GEMMA3),
-    "phi": Family(mlp="plain", attention_biases="all", norms=1, layer_norm=True),
-    "phi3": Family(mlp="fused", fused_attention=True, window_everywhere=True),
-}
-"""Model types that can be read. A new one is a row, and a test compares every row with transformers' own model."""
-
-SAME_BUILD: Mapping[str, str] = {"gemma3": "gemma3_text"}
 STATIC_ROPE = ("default", "linear", "yarn", "llama3")
+"""Rotations that do not depend on how long a sequence is."""
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
@@ -263,7 +217,7 @@ def _attention(family: Family, text: Mapping[str, Any], hidden: int, queries: in
 
 
 def _mlp(family: Family, text: Mapping[str, Any], hidden: int, ffn: int) -> tuple[Linear, ...]:
-    bias = bool(text.get("mlp_bias", False))
+    bias = family.mlp_biases and bool(text.get("mlp_bias", False))
     if family.mlp == "plain":
         return (Linear("fc1", hidden, ffn, True), Linear("fc2", ffn, hidden, True))
     if family.mlp == "fused":
@@ -278,7 +232,7 @@ def _other(
     inside = family.norms * norm + sum(linear.outputs for linear in linears if linear.bias)
     if family.head_norms:
         inside += 2 * head_dim
-    if text.get("qk_layernorm"):                                    # phi: LayerNorm with bias, as wide as a head
+    if family.layer_norm and text.get("qk_layernorm"):              # of a head's width, with bias
         inside += 4 * head_dim
     output = (0 if tied else vocab * hidden) + (vocab if family.layer_norm else 0)
     return vocab * hidden + output + norm + layers * inside
@@ -297,10 +251,9 @@ def _windows(family: Family, text: Mapping[str, Any], layers: int) -> tuple[int 
     kinds = text.get("layer_types")
     if isinstance(kinds, list | tuple):
         count = sum(kind == "sliding_attention" for kind in kinds)
-    elif isinstance(every := text.get("sliding_window_pattern", text.get("_sliding_window_pattern")), int) and every > 1:
-        count = layers - layers // every
     elif isinstance(first := text.get("max_window_layers"), int):
         count = max(0, layers - first)
     else:
-        count = layers if family.window_everywhere else 0
+        every = text.get("sliding_window_pattern", text.get("_sliding_window_pattern", family.full_attention_every))
+        count = layers - (layers // every if isinstance(every, int) and every > 0 else 0)
     return (window, count) if count else (None, 0)
