@@ -48,7 +48,7 @@ class Health:
         elif self._always("frac_reward_zero_std", 1.0):
             means = ", ".join(f"{n} {now.get(f'rewards/{n}/mean', math.nan):.2f}" for n in self.names)
             yield "flat", (f"for {PATIENCE} steps all rollouts of every prompt got the same reward ({means}): nothing can be learned; if they are all wrong, "
-                           "the task is too hard for the base (ease the prompts, or give partial credit), if all right, it is learned")
+                           "it is too hard for the base (ease the prompts, or give partial credit), if all right, it is learned")
         start = self._entropy_at_start
         if start and start > 0.05 and all(m.get("entropy", 1.0) < 0.1 * start for m in self._recent):
             yield "entropy", (f"entropy collapsed from {start:.3f} to {entropy:.3f} nats: rollouts repeat each other and exploration ends; "

@@ -2,7 +2,8 @@
 
 PEFT computes base(x) + scaling * B(A(x)) with a copy of the input, an intermediate and two sums for every layer. Where activations are
 float32, W + scaling * B A in a scratch matrix says the same: a quantised base is de-quantised into one anyway, for every pass, and the fold
-costs r / tokens of the product. The scratch matrix dies with the call; the base and the adapter are read only. In half precision the fold would round small deltas away, so there PEFT's own forward stays.
+costs r / tokens of the product. The scratch matrix dies with the call; the base and the adapter are read only. In half precision the fold
+would round small deltas away, so there PEFT's own forward stays.
 
 The backward pass keeps the layer's input alone (shared by layers that read the same one) and forms dA, dB and dx from it.
 """
