@@ -31,11 +31,11 @@ from localrl.quiet import quiet_libraries
 
 CASES: dict[str, dict[str, Any]] = {
     "1M": {
-        "config": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 300},
+        "config": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 300},
         "prompts": 16, "samples": 4, "prompt": 32, "new": 96,
     },
     "25M": {
-        "config": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": 1024},
+        "config": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8, "vocab_size": 1024},
         "prompts": 4, "samples": 8, "prompt": 32, "new": 96,
     },
 }  # fmt: skip
@@ -50,7 +50,7 @@ def make(folder: Path, config: dict[str, Any], quantization: str, dtype: str) ->
     PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>", pad_token="<end>").save_pretrained(folder)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **config, eos_token_id=256)).save_pretrained(folder)
-    settings = ModelSettings(path=str(folder), quantization=quantization, compute_dtype=dtype, device="cpu")  # type: ignore[arg-type]
+    settings = ModelSettings(path=str(folder), quantization=quantization, compute_dtype=dtype, device="cpu")
     model = attach(load_base(settings), AdapterSettings(), seed=0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -69,7 +69,7 @@ def by_generate(model: Any, prompts: list[list[int]], samples: int, new: int) ->
     return int((out == 256).cumsum(1).eq(0).sum() + (out == 256).any(1).sum())
 
 
-def main(case: str = "1M", quantization: str = "nf4", dtype: str = "float32", repeats: int = 5) -> None:
+def main(case: str, quantization: str, dtype: str, repeats: int) -> None:
     """Measure one case and print it."""
     torch.set_num_threads(1)
     quiet_libraries()
@@ -79,7 +79,7 @@ def main(case: str = "1M", quantization: str = "nf4", dtype: str = "float32", re
     requests = [Request(Prompt(i, tuple(p), ""), k) for i, p in enumerate(prompts) for k in range(spec["samples"])]
     with tempfile.TemporaryDirectory() as folder:
         model, tokenizer = make(Path(folder), spec["config"], quantization, dtype)
-    engine = TorchEngine(model, tokenizer, RolloutSettings(max_completion_length=spec["new"]), seed=0)  # type: ignore[call-arg]
+    engine = TorchEngine(model, tokenizer, RolloutSettings(max_completion_length=spec["new"]), seed=0)
     speeds: dict[str, list[float]] = {"generate()": [], "TorchEngine": []}
     for turn in range(repeats + 1):
         for name, speed in speeds.items():
@@ -97,5 +97,5 @@ def main(case: str = "1M", quantization: str = "nf4", dtype: str = "float32", re
 
 
 if __name__ == "__main__":
-    given = sys.argv[1:]
-    main(*given[:3], *(int(n) for n in given[3:]))
+    case, quantization, dtype, repeats = [*sys.argv[1:], *["1M", "nf4", "float32", "5"][len(sys.argv) - 1 :]]
+    main(case, quantization, dtype, int(repeats))

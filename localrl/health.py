@@ -43,8 +43,8 @@ class Health:
 
     def _of_the_last_steps(self, now: dict[str, float], entropy: float) -> Iterator[tuple[str, str]]:
         if self._always("frac_reward_cancelling", 0.5):
-            yield "cancel", (f"for {PATIENCE} steps single rewards varied while their weighted sum stayed equal within groups: they cancel, so the advantage is 0; "
-                             "change the weights, or use an algorithm that normalises each reward by itself (algorithm.name=gdpo)")
+            yield "cancel", (f"for {PATIENCE} steps single rewards varied while their weighted sum stayed equal within groups: they cancel, so the "
+                             "advantage is 0; change the weights, or use an algorithm that normalises each reward by itself (algorithm.name=gdpo)")
         elif self._always("frac_reward_zero_std", 1.0):
             means = ", ".join(f"{n} {now.get(f'rewards/{n}/mean', math.nan):.2f}" for n in self.names)
             yield "flat", (f"for {PATIENCE} steps all rollouts of every prompt got the same reward ({means}): nothing can be learned; if they are all wrong, "
