@@ -7,17 +7,33 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
+from typer.core import TyperGroup
 
 from localrl.quiet import quiet_libraries
 from localrl.settings import UserError
 
+
+class Commands(TyperGroup):
+    """What a person can put right ends in one sentence and exit code 2; Ctrl-C in 130; all else is a bug and shows its traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that was asked for."""
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            Console(stderr=True).print(f"[bold red]localrl:[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            sys.exit(130)
+
+
 app = typer.Typer(
+    cls=Commands,
     name="localrl",
     help="Teach a language model with rewards, on your own desktop GPU.\n\n"
     "Start with [bold]localrl demo[/bold]: a few minutes on any machine. Then [bold]localrl presets[/bold], "
@@ -38,19 +54,9 @@ RunPath = Annotated[Path, typer.Argument(help="Run folder, or one of its checkpo
 
 
 def main() -> None:
-    """Entry point. What a person can put right ends in one sentence and exit code 2; Ctrl-C in 130; all else is a bug and shows."""
+    """Entry point."""
     quiet_libraries()
-    try:
-        code = app(standalone_mode=False)
-    except UserError as error:
-        Console(stderr=True).print(f"[bold red]localrl:[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True)
-        code = 2
-    except click.ClickException as error:
-        error.show()
-        code = error.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        code = 130
-    sys.exit(code if isinstance(code, int) else 0)
+    app()
 
 
 @app.command()
@@ -201,8 +207,14 @@ def compare(
 
 
 @app.command()
-def presets(name: Annotated[str | None, typer.Argument(help="Print this one.")] = None) -> None:
-    """List the presets, or print one."""
+def presets(
+    name: Annotated[str | None, typer.Argument(help="Print this one.")] = None,
+    settings: Annotated[bool, typer.Option("--settings", help="List every setting with its default and what it does.")] = False,
+) -> None:
+    """List the presets, print one, or list every setting there is."""
+    if settings:
+        _show_settings()
+        return
     from localrl.config import load_run, preset_path
     from localrl.config import presets as every
 
@@ -248,6 +260,17 @@ def _gguf_of(path: Path) -> Path:
             raise UserError(f"{path} holds no exported model: run `localrl export {path}` first")
         return found[-1]
     return path
+
+
+def _show_settings() -> None:
+    from localrl.config import settings_table
+
+    table = Table()
+    for heading, width in (("setting", None), ("default", 24), ("what it does", None)):
+        table.add_column(heading, no_wrap=heading == "setting", overflow="fold", max_width=width)
+    for key, default, text in settings_table():
+        table.add_row(key, escape(default), escape(text))
+    console.print(table)
 
 
 def _after(path: Path) -> None:

@@ -270,6 +270,26 @@ def known_keys(algorithm: str | None = None) -> dict[str, list[str]]:
     return known
 
 
+def settings_table() -> list[tuple[str, str, str]]:
+    """(key, default, help) of every setting, every algorithm's own ones included, in the schema's order."""
+    rows: list[tuple[str, str, str]] = []
+
+    def walk(kind: type[BaseModel], place: str, note: str = "") -> None:
+        for name, item in kind.model_fields.items():
+            inner = item.annotation
+            if isinstance(inner, type) and issubclass(inner, BaseModel) and name != "algorithm":
+                walk(inner, f"{place}{name}.")
+            elif name == "algorithm":
+                for chosen, algorithm in ALGORITHMS.items():
+                    walk(algorithm, "algorithm.", f" ({chosen})")
+            else:
+                default = "" if item.is_required() or item.default is None else str(item.default)
+                rows.append((f"{place}{name}", default, " ".join((item.description or "").split()) + note))
+
+    walk(Run, "")
+    return rows
+
+
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text("utf-8"))

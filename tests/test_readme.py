@@ -90,5 +90,11 @@ def test_lists_and_figures_for_newcomers(shell: Callable[[str], int], capsys: py
     assert json.loads(capsys.readouterr().out)["fits"]
     assert shell("localrl plan --preset qwen3-14b-24gb --card 8GiB") == 2
     assert "card" in capsys.readouterr().err
+    assert shell("localrl presets --settings") == 0
+    listed = capsys.readouterr().out
+    assert "optim.learning_rate" in listed
+    assert "algorithm.positive_weight" in listed
+    assert shell("localrl presets demo") == 0
+    assert "[rollout]" in capsys.readouterr().out
     assert shell("localrl doctor") == 0
     assert "bitsandbytes" in capsys.readouterr().out
