@@ -129,7 +129,8 @@ class _Call:
         todo.sort(key=lambda i: (-len(self.contexts[i]), self.contexts[i], i))
         with decoding(model) if own else nullcontext():
             backend: Backend = OwnForward(model) if own else self._decoder(longest)
-            with torch.inference_mode(backend.apart):                # quicker still, but its tensors must not reach the model's modules
+            # Inference mode is quicker still, but its tensors must not reach the model's modules. inference_mode(False) would turn gradients on.
+            with torch.inference_mode() if backend.apart else nullcontext():
                 for start in range(0, len(todo), concurrent):
                     self._wave(backend, todo[start : start + concurrent])
 

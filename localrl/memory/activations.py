@@ -1,8 +1,8 @@
 """Bytes of a token while a model reads it: forward alone, or forward and backward.
 
-PEFT's fp32 adapters on quantised layers, fused attention without a mask. The coefficients were fitted to real passes under a storage
-tracker (Llama, Qwen3, Gemma 2 and 3, Phi 3; two compute types; with and without checkpointing), and a test repeats the comparison. A
-peak is the largest of several sums, so one line through it overestimates models unlike the fitted ones, by about a tenth.
+Fused attention without a mask; in half precision PEFT's own fp32 adapters, in fp32 those of `localrl.policy.lora`. The coefficients were
+fitted to real passes under a storage tracker (Llama, Qwen3, Gemma 2 and 3, Phi 3; both types; with and without checkpointing), and a
+test repeats the comparison. A peak is the largest of several sums, so one line through it is a tenth too high for some models.
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ def kept(shape: ModelShape, work: Work, checkpointing: bool) -> float:
 
 def inside(shape: ModelShape, work: Work, checkpointing: bool) -> float:
     """What comes on top in the layer that the backward pass is in."""
-    return _in_layer(shape, work) if checkpointing else max(0.0, _in_layer(shape, work) - _saved(shape, work))
+    again = _in_layer(shape, work)
+    return again if checkpointing else max(22.0 * shape.hidden, again - _saved(shape, work))
 
 
 def forward(shape: ModelShape, work: Work, length: int) -> float:
     """Peak of one layer without gradient, for sequences of that length."""
-    own = 12 * shape.hidden + 12 * shape.ffn if work.compute_bytes == 2 else 20 * shape.hidden + 15 * shape.ffn
+    h, i, q, k = shape.hidden, shape.ffn, shape.queries, shape.keys
+    own = 12 * h + max(12 * i, 10 * q + 4 * k) if work.compute_bytes == 2 else 16 * h + max(12 * i, 16 * q + 4 * k)
     return own + _int32(shape, work) + _extras(shape, 8) + _scores(shape, length, 6.5)
 
 
@@ -52,7 +54,7 @@ def _in_layer(shape: ModelShape, work: Work) -> float:
 def _saved(shape: ModelShape, work: Work) -> float:
     """What one layer keeps for its backward pass without checkpointing."""
     h, i, q, k = shape.hidden, shape.ffn, shape.queries, shape.keys
-    own = 28 * h + 12 * i + 9 * q + 4 * k if work.compute_bytes == 2 else 22 * h + 14 * i + 8 * q + 10 * k
+    own = 28 * h + 12 * i + 9 * q + 4 * k if work.compute_bytes == 2 else 18 * h + 15.5 * i + 9.5 * q + 6 * k
     return own + _extras(shape, 3) + _scores(shape, work.longest, 9)
 
 
@@ -69,10 +71,10 @@ def _scores(shape: ModelShape, length: int, each: float) -> float:
 
 
 def _int32(shape: ModelShape, work: Work) -> int:
-    """The int8 product before it is scaled back."""
-    return 4 * max(linear.outputs for linear in shape.linears) if work.quantization == "int8" else 0
+    """The int8 product before it is scaled back. In fp32 the adapters' own step multiplies with unpacked weights instead."""
+    return 4 * max(linear.outputs for linear in shape.linears) if work.quantization == "int8" and work.compute_bytes == 2 else 0
 
 
 def _held_by_int8(shape: ModelShape, work: Work) -> int:
     """bitsandbytes' int8 product keeps its input where checkpointing cannot drop it; layers that share an input share the copy."""
-    return (2 * shape.hidden + shape.queries + shape.ffn) * work.compute_bytes if work.quantization == "int8" else 0
+    return 2 * (2 * shape.hidden + shape.queries + shape.ffn) if work.quantization == "int8" and work.compute_bytes == 2 else 0

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from localrl.memory import activations
 from localrl.memory.rolling import rollout_lasting, rollout_passing
 from localrl.memory.shape import ModelShape
-from localrl.memory.work import PHASES, Choice, Need, Phase, Work, adapter_count, micro_batch
+from localrl.memory.work import PHASES, Choice, Need, Phase, Work, adapter_count, micro_batch, scratch_weight
 
 MARGIN = 0.04
 """Of everything counted: what the caching allocator loses to fragmentation."""
@@ -80,7 +80,7 @@ def _reading(shape: ModelShape, work: Work, choice: Choice) -> list[Need]:
         Need("layer inputs kept" if on else "activations kept", round(tokens * activations.kept(shape, work, on)), ("backward",)),
         Need("the output layer" if output > layer else "the layer at work", max(output, layer), ("backward",)),
         Need("the output layer" if output_alone > layer_alone else "the layer at work", max(output_alone, layer_alone), ("scoring",)),
-        Need("one layer's weight, unpacked", shape.largest * work.compute_bytes if work.quantization != "none" else 0, READING),
+        Need("one layer's weight, unpacked", scratch_weight(shape, work), READING),
     ]
 
 

@@ -61,7 +61,7 @@ def _micro_batch(card: Card, shape: ModelShape, work: Work, fits: Fits, settled:
     if work.device == "cpu":
         on = settled["gradient_checkpointing"]
         each = activations.kept(shape, work, on) + activations.inside(shape, work, on)
-        enough = min(4096, max(1024, int(ENOUGH_CPU_BYTES / each)) if on else max(PLAIN_CPU_TOKENS, int(PLAIN_CPU_BYTES / each)))
+        enough = min(4096, max(1024, int(ENOUGH_CPU_BYTES / each))) if on else max(PLAIN_CPU_TOKENS, min(1024, int(PLAIN_CPU_BYTES / each)))
         why = "a larger pass is no faster on a CPU and takes more memory"
     most = min(step, max(enough, work.longest))
     found = largest(work.longest, most, lambda tokens: fits("scoring", micro_batch_tokens=tokens) and fits("backward", micro_batch_tokens=tokens))

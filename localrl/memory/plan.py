@@ -238,45 +238,52 @@ def way_out(plan: MemoryPlan) -> str:
     told = [name for name, value in plan.asked.items() if value is not None]
     for count in range(1, len(told) + 1):
         for names in combinations(told, count):
-            freed = choose(plan.card, plan.shape, plan.work, {**plan.asked, **dict.fromkeys(names)})
+            freed = _changed(plan, {}, {**plan.asked, **dict.fromkeys(names)})
             if freed.fits:
-                return _try(freed, {name: getattr(freed, name) for name in names})
-    changes: dict[str, Any] = {}
-    free: dict[str, Any] = dict.fromkeys(plan.asked)
-    for lean in (replace(plan.work, optimizer="adamw_8bit"), replace(plan.work, quantization="nf4")):
-        changes |= {name: value for name, value in asdict(lean).items() if value != getattr(plan.work, name)}
-        plan = choose(plan.card, plan.shape, replace(plan.work, **changes), free)
-        if plan.fits:
-            break
-    given = {name: getattr(plan, name) for name in told}
-    if plan.fits:
-        return _try(plan, {**given, **changes})
-    shorter = _shorter(plan)
-    if shorter is not None:
-        return _try(shorter, {**given, **changes, "max_completion_length": shorter.work.max_completion_length})
-    total = gib(smallest_card(plan))
+                return _try(plan, freed)
+    free = dict.fromkeys(plan.asked)
+    lean: list[dict[str, Any]] = []
+    if "8bit" not in plan.work.optimizer:
+        lean.append({"optimizer": "adamw_8bit"})
+    if plan.work.quantization != "nf4":
+        lean += [{"quantization": "nf4"}, *({**change, "quantization": "nf4"} for change in lean[:1])]
+    for change in lean:
+        if (better := _changed(plan, change, free)).fits:
+            return _try(plan, better)
+    for change in ({}, *lean):
+        if (shorter := _shorter(_changed(plan, change, free))) is not None:
+            return _try(plan, shorter)
+    total = gib(smallest_card(_changed(plan, lean[-1] if lean else {}, free)))
     place = f"{total} of free memory" if plan.card.device == "cpu" else f"a card of {total}"
     return f"no setting makes this model fit, it takes {place}: take a smaller model"
+
+
+def _changed(plan: MemoryPlan, work: Mapping[str, Any], asked: Mapping[str, Any]) -> MemoryPlan:
+    return choose(plan.card, plan.shape, replace(plan.work, **work), asked)
 
 
 def _shorter(plan: MemoryPlan) -> MemoryPlan | None:
     """The same with the longest responses that fit, in steps of 64 tokens."""
 
     def at(count: int) -> MemoryPlan:
-        return choose(plan.card, plan.shape, replace(plan.work, max_completion_length=64 * count), plan.asked)
+        return _changed(plan, {"max_completion_length": 64 * count}, plan.asked)
 
     steps = (plan.work.max_completion_length - 1) // 64
-    found = at(largest(1, steps, lambda count: at(count).fits)) if steps >= 1 else plan
-    return found if found.fits else None
+    if steps < 1 or not at(1).fits:
+        return None
+    return at(largest(1, steps, lambda count: at(count).fits))
 
 
 def smallest_card(plan: MemoryPlan) -> int:
     """Total bytes that would do for responses of 64 tokens."""
-    short = choose(plan.card, plan.shape, replace(plan.work, max_completion_length=min(64, plan.work.max_completion_length)), plan.asked)
+    short = _changed(plan, {"max_completion_length": min(64, plan.work.max_completion_length)}, plan.asked)
     need = short.phases[short.worst]
     return need if plan.card.device == "cpu" else round((need + CONTEXT) / CARD_SHARE)
 
 
-def _try(plan: MemoryPlan, changes: Mapping[str, Any]) -> str:
+def _try(old: MemoryPlan, new: MemoryPlan) -> str:
+    """What was set and is another now: knobs that were left free are the plan's own affair."""
+    changes = {name: getattr(new, name) for name, value in old.asked.items() if value is not None and value != getattr(new, name)}
+    changes |= {name: value for name, value in asdict(new.work).items() if value != getattr(old.work, name)}
     told = " ".join(f"{SETTING[name]}={str(value).lower() if isinstance(value, bool) else value}" for name, value in changes.items())
-    return f"try {told} ({gib(plan.phases[plan.worst])})"
+    return f"try {told} ({gib(new.phases[new.worst])})"

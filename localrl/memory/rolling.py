@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from localrl.memory import activations
 from localrl.memory.shape import ModelShape
-from localrl.memory.work import Choice, Need, Work
+from localrl.memory.work import Choice, Need, Work, scratch_weight
 
 OWN_LOOP = ("llama", "mistral", "qwen2", "qwen3")
 """Families of `localrl.engines.decoder`."""
@@ -60,12 +60,11 @@ def rollout_passing(shape: ModelShape, work: Work, choice: Choice) -> list[Need]
     step = rows * activations.forward(shape, work, 1) + scores + (0 if own else rows * work.longest * _masked(shape, work, 1))
     moving = _moving(shape, work, rows, prompts) if own else rows * shape.kv_bytes(work.longest, work.compute_bytes) // shape.layers
     sampled = min(rows * shape.vocab, SAMPLED_AT_ONCE) * (28 if work.truncated else 12)
-    live = work.quantization != "none" and not (own and work.unpacked)
     unpacking = 4 * shape.hidden * shape.ffn * work.compute_bytes if own and work.unpacked else 0     # parts, then joined
     return [
         Need("scratch of reading and sampling", round(max(reading, step, moving, unpacking)), ("rollout",)),
         Need("logits and sampling", 4 * rows * shape.vocab + max(sampled, 8 * prompts * shape.vocab), ("rollout",)),
-        Need("one layer's weight, unpacked", shape.largest * work.compute_bytes if live else 0, ("rollout",)),
+        Need("one layer's weight, unpacked", 0 if own and work.unpacked else scratch_weight(shape, work), ("rollout",)),
     ]
 
 

@@ -91,3 +91,8 @@ def adapter_count(shape: ModelShape, work: Work) -> int:
     """Numbers that learn: the LoRA matrices of every adapter, and the value head."""
     one = sum(shape.adapter_parts(work.lora_r, work.lora_targets))
     return 2 * one + shape.hidden + 1 if work.critic else one
+
+
+def scratch_weight(shape: ModelShape, work: Work) -> int:
+    """Bytes of the largest weight, unpacked for one product; in fp32 with the adapter added, so also where nothing is quantised."""
+    return shape.largest * work.compute_bytes if work.quantization != "none" or work.compute_bytes == 4 else 0

@@ -16,14 +16,14 @@ from localrl.policy.load import attach, load_base, load_tokenizer
 
 def load(folder: Path, quantization: str = "nf4", dtype: str = "float32", adapter: bool = True) -> tuple[Any, Any]:
     """(model, tokenizer)."""
-    settings = ModelSettings(path=str(folder), quantization=quantization, compute_dtype=dtype, device="cpu")  # type: ignore[arg-type]
+    settings = ModelSettings(path=str(folder), quantization=quantization, compute_dtype=dtype, device="cpu")
     model: Any = load_base(settings)
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
         if "norm" in name or name.endswith("bias"):                  # else all ones and zeros, which hides what is forgotten
             parameter.data.add_(torch.randn_like(parameter) * 0.1)
     if adapter:
-        model = attach(model, AdapterSettings(lora_r=4, lora_alpha=8), seed=0)  # type: ignore[call-arg]
+        model = attach(model, AdapterSettings(lora_r=4, lora_alpha=8), seed=0)
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.data.normal_(std=0.05)

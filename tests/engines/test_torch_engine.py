@@ -21,7 +21,7 @@ from localrl.engines.decoder import Decoder
 from localrl.settings import UserError
 from tests.engines.models import by_name, engine, fingerprint, load, prompts, requests, sampling
 
-OTHERS = {                                                          # families that go through their own forward pass
+OTHERS: dict[str, dict[str, Any]] = {                                # families that go through their own forward pass
     "gemma3_text": {"head_dim": 16, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
     "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128},
 }
@@ -76,13 +76,13 @@ def test_a_rollout_does_not_depend_on_the_batch(make_model: Callable[..., Path])
 def test_letting_finished_rows_go_changes_nothing(make_model: Callable[..., Path], share: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """0: never, 1: whenever one is done; the usual share lies between."""
     model, tokenizer = load(make_model("llama"))
-    model.generation_config.eos_token_id = list(range(0, 256, 20))  # many ends: rows leave all the time
+    model.generation_config.eos_token_id = list(range(0, 256, 20))   # many ends: rows leave all the time
     sampler = engine(model, tokenizer, max_completion_length=60)
     usual, between = sampler.generate(requests(3, 8), 0), sampler.stats
     assert len({len(r.tokens) for r in usual}) > 5
     monkeypatch.setitem(room.FOLD, "cpu", share)
-    assert sampler.generate(requests(3, 8), 0) == pytest.approx(usual) or tokens_of(sampler.generate(requests(3, 8), 0)) == tokens_of(usual)
-    assert (sampler.stats.alive < between.alive) if share == 0 else (sampler.stats.alive == 1.0)
+    assert tokens_of(sampler.generate(requests(3, 8), 0)) == tokens_of(usual)
+    assert (sampler.stats.alive < between.alive < 1) if share == 0 else (sampler.stats.alive == 1)
 
 
 def test_a_group_is_read_once(make_model: Callable[..., Path]) -> None:
@@ -94,17 +94,19 @@ def test_a_group_is_read_once(make_model: Callable[..., Path]) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", *OTHERS])
 def test_greedy_rollouts_are_those_of_generate(make_model: Callable[..., Path], family: str) -> None:
-    model, tokenizer = load(make_model(family, **OTHERS.get(family, {})), "none")
+    model, tokenizer = load(make_model(family, **OTHERS.get(family, {})), "none", adapter=family != "gpt2")      # peft warns of its layers
     for rollout in engine(model, tokenizer).generate(requests(3, 1), 0, settings=sampling(temperature=0.0)):
         context = torch.tensor([rollout.request.prompt.tokens])
         with torch.no_grad():
-            expected = model.generate(input_ids=context, attention_mask=torch.ones_like(context), max_new_tokens=24, do_sample=False, pad_token_id=0, use_cache=True)
+            expected = model.generate(
+                input_ids=context, attention_mask=torch.ones_like(context), max_new_tokens=24, do_sample=False, pad_token_id=0, use_cache=True
+            )
         assert rollout.tokens == tuple(expected[0, context.shape[1] :].tolist())
 
 
 @pytest.mark.parametrize("family", OTHERS)
 def test_other_families_sample_alike_whatever_the_batch(make_model: Callable[..., Path], family: str) -> None:
-    model, tokenizer = load(make_model(family, **OTHERS[family]), "nf4" if family != "gpt2" else "none")
+    model, tokenizer = load(make_model(family, **OTHERS[family]), "nf4" if family != "gpt2" else "none", adapter=family != "gpt2")
     model.generation_config.eos_token_id = list(range(0, 256, 20))
     whole = engine(model, tokenizer, max_completion_length=40).generate(requests(3, 4), 0)
     assert len({len(r.tokens) for r in whole}) > 3

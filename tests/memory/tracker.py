@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -21,13 +21,26 @@ class StorageTracker(TorchDispatchMode):
         self.peak = 0
         self._known: dict[int, weakref.ref[Any]] = {}
 
-    def adopt(self, tensors: Iterator[torch.Tensor] | list[torch.Tensor]) -> None:
-        """Count storages that exist already (a model's parameters)."""
+    def adopt(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Count storages that were made past it (read from a file)."""
         for tensor in tensors:
-            self._see(tensor.untyped_storage())
+            self._see(tensor)
 
-    def _see(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
+    def peak_of(self, work: Callable[[], object]) -> int:
+        """Bytes that lived at the fullest moment of `work`."""
+        gc.collect()
+        self.peak = self.now
+        work()
+        return self.peak
+
+    def _see(self, tensor: torch.Tensor) -> None:
+        if tensor.device.type == "meta":
+            return
+        if tensor.layout is torch.strided:
+            kept: Any = tensor.untyped_storage()
+            key, size = kept._cdata, kept.nbytes()
+        else:                                                        # laid out for oneDNN: no storage, the tensor itself is the owner
+            kept, key, size = tensor, id(tensor), tensor.numel() * tensor.element_size()
         if key in self._known:
             return
 
@@ -35,20 +48,13 @@ class StorageTracker(TorchDispatchMode):
             self.now -= size
             del self._known[key]
 
-        self._known[key] = weakref.ref(storage, gone)
+        self._known[key] = weakref.ref(kept, gone)
         self.now += size
         self.peak = max(self.peak, self.now)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
-            if isinstance(leaf, torch.Tensor) and leaf.device.type != "meta" and leaf.layout is torch.strided:
-                self._see(leaf.untyped_storage())
+            if isinstance(leaf, torch.Tensor):
+                self._see(leaf)
         return out
-
-
-@contextmanager
-def watch(*models: torch.nn.Module) -> Iterator[StorageTracker]:
-    """A tracker over whatever runs inside."""
-    with StorageTracker() as tracker:
-        yield tracker
