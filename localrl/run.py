@@ -21,6 +21,7 @@ from localrl.config import Run, preset_model_config
 from localrl.data import DataSettings, PromptData, load_prompts
 from localrl.engines.torch import TorchEngine
 from localrl.evaluate import EVAL_VERSION
+from localrl.export import check_exportable
 from localrl.folder import RunFolder, find_checkpoint, read_run, write_whole
 from localrl.interrupt import Interrupts
 from localrl.memory.plan import MemoryPlan, make_plan
@@ -89,7 +90,7 @@ def plan_run(run: Run) -> MemoryPlan:
 def _plan(run: Run, device: Literal["cuda", "cpu"], compute_bytes: int) -> MemoryPlan:
     needs_critic = "value" in run.algorithm.reads_before | run.algorithm.reads_during
     return make_plan(
-        ModelShape.read(_model_config(run)),
+        ModelShape.read(model_config(run).to_dict()),
         card_bytes=run.memory.card,
         quantization=run.model.quantization,
         compute_bytes=compute_bytes,
@@ -113,16 +114,13 @@ def _plan(run: Run, device: Literal["cuda", "cpu"], compute_bytes: int) -> Memor
     )
 
 
-def _model_config(run: Run) -> dict[str, Any]:
+def model_config(run: Run) -> Any:
     """As transformers reads it; for the presets' own models without a network."""
     path = preset_model_config(run.model.path) or model_path(run.model)
     try:
-        config = AutoConfig.from_pretrained(str(path), revision=run.model.revision)
+        return AutoConfig.from_pretrained(str(path), revision=run.model.revision)
     except (OSError, ValueError) as error:
         raise UserError(f"no model config from model.path = '{run.model.path}': {str(error).splitlines()[0]}") from None
-    values = config.to_dict()
-    assert isinstance(values, dict)
-    return values
 
 
 def prepare(run: Run, say: Callable[[str], None]) -> Prepared:
@@ -130,6 +128,10 @@ def prepare(run: Run, say: Callable[[str], None]) -> Prepared:
     plan = plan_run(run)
     plan.check()
     tokenizer = load_tokenizer(run.model)
+    try:
+        check_exportable(model_config(run), {"target_modules": run.adapter.lora_target_modules}, tokenizer)
+    except UserError as error:
+        say(f"this run can be trained but not exported: {error}")
     data = load_prompts(with_demo_data(run.data), tokenizer, run.seed, Path.cwd())
     for note in data.notes:
         say(note)

@@ -51,7 +51,7 @@ def _checkpointing(card: Card, shape: ModelShape, work: Work, fits: Fits, settle
     kept = round(tokens * activations.kept(shape, work, checkpointing=False))
     roomy = kept <= PLAIN_CPU_BYTES if work.device == "cpu" else kept <= PLAIN_SHARE * card.usable
     if roomy and fits("backward", gradient_checkpointing=False, micro_batch_tokens=tokens):
-        return False, f"{tokens} tokens keep {gib(kept)} without it, and computing no layer twice saves a quarter of learning"
+        return False, f"{tokens} tokens keep {gib(kept)} without it, and computing no layer twice saves up to a third of learning"
     return True, f"{tokens} tokens would keep {gib(kept)} without it, {gib(round(tokens * activations.kept(shape, work, checkpointing=True)))} with"
 
 

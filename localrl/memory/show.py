@@ -28,21 +28,19 @@ def plan_table(plan: MemoryPlan) -> RenderableType:
     return Group(*parts, verdict, Text("an estimate; not counted: " + "; ".join(plan.not_counted), style="dim"))
 
 
-def cards_table(plans: Sequence[MemoryPlan]) -> Table:
-    """The same run on several cards, a row each."""
-    table = Table("card", "usable", "fits", "peak", "wave", "micro-batch", "checkpointing", "what would change it", title="the same run on other cards")
+def cards_table(plans: Sequence[MemoryPlan]) -> RenderableType:
+    """The same run on several cards, a row each; what would make it fit stands below, because settings must not be cut."""
+    table = Table("card", "usable", "needs", "while", "wave", "tokens a pass", "fits", title="the same run on other cards", title_justify="left")
+    ways = []
     for plan in plans:
+        fits = Text("yes", style="green") if plan.fits else Text("no", style="red")
+        wave, phase = f"{plan.concurrent} of {plan.work.rollouts}", WHILE[plan.worst].removeprefix("while ")
         table.add_row(
-            plan.card.name,
-            gib(plan.card.usable),
-            Text("yes", style="green") if plan.fits else Text("no", style="red"),
-            f"{gib(plan.phases[plan.worst])} {WHILE[plan.worst]}",
-            f"{plan.concurrent} of {plan.work.rollouts}",
-            f"{plan.micro_batch_tokens} tokens",
-            "on" if plan.gradient_checkpointing else "off",
-            "" if plan.fits else way_out(plan),
+            plan.card.name, gib(plan.card.usable), gib(plan.phases[plan.worst]), phase, wave, str(plan.micro_batch_tokens), fits
         )
-    return table
+        if not plan.fits:
+            ways.append(Text(f"{plan.card.name}: {way_out(plan)}"))
+    return Group(table, *ways)
 
 
 @dataclass(frozen=True)

@@ -49,14 +49,10 @@ ROWS = {
 }
 
 
-@pytest.mark.parametrize("name", TOKENS)
-@pytest.mark.parametrize("card", CARDS)
+@pytest.mark.parametrize(("name", "card"), [(name, card) for name in TOKENS for card, most in zip(CARDS, TOKENS[name], strict=True) if most])
 def test_the_tokens_that_a_simulation_found_to_fit_fill_the_card(name: str, card: str) -> None:
     """That simulation gave every model an output layer of its own, and adapters 0.2 GiB less (its weights and gradients were half as wide)."""
-    thousand = TOKENS[name][CARDS.index(card)]
-    if not thousand:
-        pytest.skip("did not fit")
-    tokens = int(1000 * thousand)
+    tokens = int(1000 * TOKENS[name][CARDS.index(card)])
     plan = a_plan(
         untied(MODELS[name]), card_bytes=card, prompts_per_step=1, num_generations=1, fewest_generations=1, max_prompt_length=1,
         max_completion_length=tokens - 1, micro_batch_tokens=tokens, gradient_checkpointing=True, concurrent=1,
@@ -298,8 +294,9 @@ def test_bars_mark_where_the_card_ends() -> None:
 
 def test_cards_side_by_side() -> None:
     plans = [a_plan(MODELS["Qwen3-8B"], card_bytes=card) for card in CARDS]
-    text = rendered(cards_table(plans), 160)
-    assert all(card in text for card in CARDS) and text.count("yes") == sum(plan.fits for plan in plans) and "try" in text
+    text = rendered(cards_table(plans), 80)
+    assert all(card in text for card in CARDS) and text.count(" yes ") == sum(plan.fits for plan in plans) < len(plans)
+    assert "8GiB: try rollout.max_completion_length=" in text
 
 
 def test_choice_is_what_the_knobs_say() -> None:
