@@ -199,7 +199,8 @@ def test_ctrl_c_during_a_call(reward_file: Make, rollouts: Make, start: Make) ->
 
 
 RUN = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)       # a run started in the background ignores Ctrl-C otherwise
 from pathlib import Path
 from localrl.batch import Prompt, Request, Rollout
 from localrl.rewards import Rewards, RewardSettings
