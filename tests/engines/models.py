@@ -58,7 +58,8 @@ def fingerprint(model: Any) -> str:
     """Of every byte that the model holds, quantisation states, buffers and flags included, and of where the bytes lie."""
     seen = hashlib.sha256()
     for name, module in sorted(model.named_modules()):
-        seen.update(f"{name} {module.training} {getattr(module, 'gradient_checkpointing', None)}".encode())
+        plain = {key: value for key, value in vars(module).items() if isinstance(value, bool | int | float | str)}
+        seen.update(f"{name} {sorted(plain.items())}".encode())
         own = {**module._parameters, **module._buffers}
         for state in (getattr(own.get("weight"), "quant_state", None), getattr(module, "state", None)):
             parts = vars(state) if state is not None else {}

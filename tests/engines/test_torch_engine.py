@@ -177,6 +177,14 @@ def test_a_stop_string_is_found_across_tokens(make_model: Callable[..., Path], s
     assert stopped >= 1
 
 
+def test_stop_strings_are_looked_for_on_the_way(make_model: Callable[..., Path]) -> None:
+    model, tokenizer = load(make_model("llama"))
+    sampler = engine(model, tokenizer, max_completion_length=200, stop=("a", "b", "c", "d", "e", "f", "g", "h"))
+    rollouts = sampler.generate(requests(1, 2), 0)
+    assert all(r.done for r in rollouts)
+    assert sampler.stats.steps <= max(len(r.tokens) for r in rollouts) + room.LOOK_FOR_STRINGS < 199
+
+
 def test_a_stop_string_that_is_a_special_token_is_an_end_token(make_model: Callable[..., Path]) -> None:
     model, tokenizer = load(make_model("llama"))
     model.get_base_model().lm_head.weight.data[tokenizer.convert_tokens_to_ids("<|im_start|>")] *= 8
