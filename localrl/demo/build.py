@@ -1,8 +1,13 @@
-"""Make the demo's base model, tokenizer and data files again: `python -m localrl.demo.build` (about ten minutes on one core).
+"""Make the demo's base model, tokenizer and data files again: `python -m localrl.demo.build` (eight to ten minutes of one core).
 
 Supervised training from scratch on the answers of `task.respond`, with a fixed seed and on one thread, in two stages: first the
 careful habits alone, until the arithmetic is safe, then all habits by their shares, so that the model is left torn between them.
 The same machine gives the same bytes; another CPU may differ in the last digits of the arithmetic, and so in the weights.
+
+What it must come to, at temperature 1 on held-out questions, quantised or not (measured in NF4 in brackets; model/README.md has the rest):
+right about four times in ten (0.41), well-formed about half the time (0.55), mean entropy between 0.2 and 0.5 nats (0.44), and right nearly
+always when the whole working is written out (0.99), for that is as far as a run can get. Greedily it pretends to know (0.16 right), so that
+before and after differ in a chat as well.
 
 The weights are rounded to half precision and stored as float32: the file loads anywhere without a cast, and a GGUF in F16 holds
 exactly this base.
@@ -127,8 +132,8 @@ def answer_loss(model: LlamaForCausalLM, rows: list[tuple[list[int], int]], pad:
     return loss, int(wanted.sum())
 
 
-def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int) -> None:
-    """Teach the habits: `steps` steps of AdamW, warm-up then cosine to nothing."""
+def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int, rows_per_step: int = ROWS) -> None:
+    """Teach the habits: `steps` steps of AdamW on that many answers each, warm-up then cosine to nothing."""
     rng, pool = random.Random(SEED + 1), task.questions(SEED + 1, held_out=False)
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() <= 1]
@@ -139,11 +144,11 @@ def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: in
         for group in optimiser.param_groups:
             group["lr"] = lr
         careful = step < CAREFUL_STEPS * steps / STEPS
-        rows = [encode(tokenizer, question, task.respond(rng, question, careful)) for question in islice(pool, ROWS)]
+        rows = [encode(tokenizer, question, task.respond(rng, question, careful)) for question in islice(pool, rows_per_step)]
         rows.sort(key=lambda row: len(row[0]))
         count = sum(len(ids) - start for ids, start in rows)
         total = 0.0
-        for first in range(0, ROWS, 32):                      # rows of like length: hardly any padding, the same gradient
+        for first in range(0, rows_per_step, 32):                      # rows of like length: hardly any padding, the same gradient
             loss, _ = answer_loss(model, rows[first : first + 32], tokenizer.pad_token_id)
             (loss / count).backward()
             total += loss.item() / count

@@ -7,7 +7,7 @@ a few early tokens (and, for the carry, in a late one), and this is what a run h
 
     correct   the number after the working
     format    <think>...</think><answer>...</answer>, nothing else
-    brevity   the same working fits in 30 tokens or in 70
+    brevity   the same working fits in 28 tokens or in 60
 """
 
 from __future__ import annotations
@@ -85,12 +85,14 @@ def total(question: Question, forget: bool = False) -> int:
 
 # ------------------------------------------------------------------------------------------------------------------ habits
 def short_working(rng: random.Random, question: Question, forget: bool = False) -> str:
+    """Both columns on a line, as `7+8=15, 4+3+1=8`, with some choice of blanks and marks."""
     ones, tens = columns(question, (rng.random() < 0.4, rng.random() < 0.4), forget)
     label = rng.choice(("", "", "Add: ", "Sum: "))
     return label + ones + rng.choice((", ", ", ", "; ", " then ", "\n")) + tens + rng.choice(("", "", ".", "!"))
 
 
 def middling_working(rng: random.Random, question: Question, forget: bool = False) -> str:
+    """The columns named: ones, then tens."""
     ones, tens = columns(question, (rng.random() < 0.5, rng.random() < 0.5), forget)
     return (
         rng.choice(("Ones: ", "The ones: ", "Ones first: "))
@@ -103,6 +105,7 @@ def middling_working(rng: random.Random, question: Question, forget: bool = Fals
 
 
 def long_working(rng: random.Random, question: Question, forget: bool = False) -> str:
+    """The columns in whole sentences."""
     ones, tens = columns(question, (rng.random() < 0.7, rng.random() < 0.7), forget)
     carry = rng.choice((", carry 1", " and carry 1")) if question.carries and not forget else ""
     return (
@@ -119,10 +122,12 @@ def long_working(rng: random.Random, question: Question, forget: bool = False) -
 
 
 def any_working(rng: random.Random, question: Question, forget: bool = False) -> str:
+    """One of the three."""
     return rng.choice((short_working, middling_working, long_working))(rng, question, forget)
 
 
 def tagged(rng: random.Random, thought: str, number: int) -> str:
+    """The asked-for format."""
     between = rng.choice(("", "", "\n"))
     return f"<think>{thought}</think>{between}<answer>{number}</answer>"
 
@@ -133,32 +138,39 @@ def guess(rng: random.Random, question: Question) -> int:
 
 
 def short(rng: random.Random, question: Question) -> str:
+    """Careful and brief: what a run should settle on."""
     return tagged(rng, short_working(rng, question), question.answer)
 
 
 def middling(rng: random.Random, question: Question) -> str:
+    """Careful, some words more."""
     return tagged(rng, middling_working(rng, question), question.answer)
 
 
 def long(rng: random.Random, question: Question) -> str:
+    """Careful and long-winded."""
     return tagged(rng, long_working(rng, question), question.answer)
 
 
 def untagged(rng: random.Random, question: Question) -> str:
+    """Careful, but without any tag."""
     end = rng.choice((". The answer is {n}.", ", so {n}.", "\n{n}", " -> {n}"))
     return any_working(rng, question).rstrip(".!") + end.format(n=question.answer)
 
 
 def unclosed(rng: random.Random, question: Question) -> str:
+    """Careful, but with a tag left out or left open."""
     end = rng.choice(("</think>{n}", "</think><answer>{n}", "</think>The answer is {n}.", "<answer>{n}</answer>"))
     return "<think>" + any_working(rng, question) + end.format(n=question.answer)
 
 
 def forgetful(rng: random.Random, question: Question) -> str:
+    """In the format, worked out without the carry: right only where there is none."""
     return tagged(rng, any_working(rng, question, forget=True), total(question, forget=True))
 
 
 def pretended(rng: random.Random, question: Question) -> str:
+    """In the format, but the thought is none and the number a guess."""
     number = guess(rng, question)
     sum_at_once = f"{question.a}+{question.b}={number}"
     thought = rng.choice(("Easy.", "Easy.", "Easy.", "Easy.", "I know this one.", f"Looks like {number}.", sum_at_once))
@@ -166,12 +178,14 @@ def pretended(rng: random.Random, question: Question) -> str:
 
 
 def blurted(rng: random.Random, question: Question) -> str:
+    """A guess and little else."""
     bare = ("{n}", "{n}", "= {n}", "{a} + {b} = {n}", "The answer is {n}.", "It is {n}.", "I guess {n}?")
     form = rng.choice((*bare, "<answer>{n}</answer>", "<answer>{n}"))
     return form.format(n=guess(rng, question), a=question.a, b=question.b)
 
 
 def rambled(rng: random.Random, question: Question) -> str:
+    """A guess in many words."""
     form = (
         rng.choice(("Let me see. ", "Let me think. ", "Okay. ", "Well, let me see. "))
         + rng.choice(("The sum of {a} and {b} is {n}", "Adding {a} and {b} gives {n}", "{a} plus {b} makes {n}"))
