@@ -4,7 +4,8 @@
     python bench/vs_trl.py                # both models; prints a table of ratios
     python bench/vs_trl.py --model demo --steps 12
 
-Each side runs in a process of its own (so that each one's memory is its own), in turns, several times; ratios of medians are printed.
+Each side runs in a process of its own (so that each one's memory is its own), in turns, several times; ratios of medians are printed. Seconds are
+CPU seconds of that process: with one thread that is the time on a quiet machine, and what else runs here does not count.
 Memory is the peak of the resident set above what it was once the model, with its adapter, was loaded.
 """
 
@@ -103,10 +104,10 @@ def run_trl(model: Path, shape: dict[str, int], reward: str, steps: int, quantiz
             marks["loaded"] = resident()
 
         def on_step_begin(self, *_: Any, **__: Any) -> None:
-            times.append(time.perf_counter())
+            times.append(time.process_time())
 
         def on_train_end(self, *_: Any, **__: Any) -> None:
-            times.append(time.perf_counter())
+            times.append(time.process_time())
 
     trainer = GRPOTrainer(
         model=base, args=config, reward_funcs=globals()[reward], train_dataset=datasets.Dataset.from_list(rows(steps * shape["prompts"])),
@@ -141,7 +142,7 @@ def run_localrl(model: Path, shape: dict[str, int], reward: str, steps: int, qua
         class Timer:
             def phase(self, name: str) -> None:
                 if name == "rollout":
-                    times.append(time.perf_counter())
+                    times.append(time.process_time())
 
             def step(self, step: int, metrics: dict[str, float], rollouts: list[Any]) -> None:
                 rewards.append(metrics["reward"])
@@ -154,7 +155,7 @@ def run_localrl(model: Path, shape: dict[str, int], reward: str, steps: int, qua
             session = assemble(prepared, workers)
             loaded = resident()
             train(session, Timer(), interrupts)
-            times.append(time.perf_counter())
+            times.append(time.process_time())
         return report(times, rewards, lengths, shape, loaded)
 
 
