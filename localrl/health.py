@@ -6,6 +6,9 @@ import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 
+from localrl.algorithms import ALGORITHMS
+
+DECOUPLED = [f"algorithm.name={name}" for name, kind in ALGORITHMS.items() if kind.decouples_rewards]
 PATIENCE = 5
 """Steps in a row before a standing condition is reported: one bad batch is no diagnosis."""
 
@@ -44,7 +47,7 @@ class Health:
     def _of_the_last_steps(self, now: dict[str, float], entropy: float) -> Iterator[tuple[str, str]]:
         if self._always("frac_reward_cancelling", 0.5):
             yield "cancel", (f"for {PATIENCE} steps single rewards varied while their weighted sum stayed equal within groups: they cancel, so the "
-                             "advantage is 0; change the weights, or use an algorithm that normalises each reward by itself (algorithm.name=gdpo)")
+                             f"advantage is 0; change the weights, or take an algorithm that normalises each reward by itself ({', '.join(DECOUPLED)})")
         elif self._always("frac_reward_zero_std", 1.0):
             means = ", ".join(f"{n} {now.get(f'rewards/{n}/mean', math.nan):.2f}" for n in self.names)
             yield "flat", (f"for {PATIENCE} steps all rollouts of every prompt got the same reward ({means}): nothing can be learned; if they are all wrong, "

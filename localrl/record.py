@@ -15,7 +15,7 @@ from localrl.algorithms import ALGORITHMS
 from localrl.algorithms.base import Algorithm
 from localrl.batch import Prompt, Rollout
 from localrl.evaluate import completion_rows, evaluate
-from localrl.folder import RunFolder, verify_checkpoint
+from localrl.folder import RunFolder, read_lines, verify_checkpoint
 from localrl.health import Health
 from localrl.settings import UserError
 from localrl.train import Session
@@ -61,12 +61,18 @@ class Recorder:
 
     def rest(self, step: int) -> None:
         """Between two steps: held-out evaluation and checkpoint where they are due."""
-        run, last = self.session.run, step == self.session.run.steps
-        if run.eval.limit and self.held_out and (last or (run.eval.every and step % run.eval.every == 0)):
+        if self.owes_evaluation(step):
             self.evaluate(step)
-        if last or step % run.log.save_steps == 0:
+        if step == self.session.run.steps or step % self.session.run.log.save_steps == 0:
             self.checkpoint()
         self.beat("running")
+
+    def owes_evaluation(self, step: int) -> bool:
+        """Before the first step, after the last, and every so often; not if it was done before the run was stopped."""
+        run = self.session.run
+        due = step in (0, run.steps) or (run.eval.every > 0 and step % run.eval.every == 0)
+        asked = due and run.eval.limit > 0 and bool(self.held_out)
+        return asked and all(row["step"] != step for row in read_lines(self.folder.path / "evaluations.jsonl"))
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Held-out rewards now; one line in evaluations.jsonl."""

@@ -22,7 +22,7 @@ from localrl.data import DataSettings, PromptData, load_prompts
 from localrl.engines.torch import TorchEngine
 from localrl.evaluate import EVAL_VERSION
 from localrl.export import check_exportable
-from localrl.folder import RunFolder, find_checkpoint, read_run, write_whole
+from localrl.folder import RunFolder, find_checkpoint, read_lines, read_run, write_whole
 from localrl.interrupt import Interrupts
 from localrl.memory.plan import MemoryPlan, make_plan
 from localrl.memory.shape import ModelShape
@@ -211,7 +211,7 @@ def _start(run: Run, prepared: Prepared, folder: RunFolder, display: Display) ->
             session = replace(session, algorithm=calibrate(session, prepared))
             changed = {k: v for k, v in session.algorithm.model_dump().items() if v != getattr(run.algorithm, k)}
             display.say("measured on the untrained model: " + ", ".join(f"algorithm.{k} = {v:.3g}" for k, v in changed.items()))
-        return _go(session, folder, prepared, display, fresh=True)
+        return _go(session, folder, prepared, display)
 
 
 def resume_run(path: Path, display: Display, steps: int | None = None) -> Path:
@@ -224,7 +224,8 @@ def resume_run(path: Path, display: Display, steps: int | None = None) -> Path:
     run = read_run(path)
     if steps is not None:
         run = run.model_copy(update={"steps": steps})
-    if step >= run.steps:
+    evaluated = any(row["step"] == step for row in read_lines(path / "evaluations.jsonl")) or run.eval.limit == 0
+    if step >= run.steps and evaluated:
         raise UserError(f"{path} has done its {run.steps} steps: lengthen it with `localrl resume {path} --steps {run.steps * 2}`, or export it")
     folder = RunFolder.reopen(path)
     try:
@@ -233,22 +234,23 @@ def resume_run(path: Path, display: Display, steps: int | None = None) -> Path:
             display.phase("load")
             session = assemble(prepared, rewards, algorithm, display.part)
             session.policy.load(checkpoint)
+            write_whole(path / "run.toml", run.dump())              # its new length, for the next time it is resumed
             session.buffer.restore(buffer)
             restore_rng(checkpoint)
             folder.rewind(step)
             display.say(f"resumed {path} after step {step}")
-            return _go(session, folder, prepared, display, fresh=False)
+            return _go(session, folder, prepared, display)
     finally:
         folder.close()
 
 
-def _go(session: Session, folder: RunFolder, prepared: Prepared, display: Display, *, fresh: bool) -> Path:
+def _go(session: Session, folder: RunFolder, prepared: Prepared, display: Display) -> Path:
     recorder = Recorder(session, folder, prepared.data.eval, display)
     try:
         with Interrupts() as interrupts:
             recorder.beat("running")
-            if fresh and session.run.eval.limit and prepared.data.eval:
-                recorder.evaluate(0)
+            if recorder.owes_evaluation(session.policy.step):
+                recorder.evaluate(session.policy.step)
             train(session, recorder, interrupts)
         recorder.beat("finished")
     except KeyboardInterrupt:

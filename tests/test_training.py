@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from localrl.cli import main
 from localrl.config import build, load_run, presets
-from localrl.folder import checkpoints, read_lines
+from localrl.folder import checkpoints, read_lines, read_run
 from localrl.interrupt import Interrupts
 from localrl.run import anchor, assemble, open_rewards, prepare
 from localrl.train import train
@@ -139,6 +139,18 @@ def test_ctrl_c_ends_with_a_checkpoint_and_goes_on(home: Path, make_model: Calla
     assert json.loads((home / "out" / "state.json").read_text())["state"] == "finished"
 
 
+def test_an_evaluation_that_was_interrupted_is_made_up_for(home: Path, make_model: Callable[..., Path]) -> None:
+    arguments = settings(make_model("llama"), **{"model.quantization": "none", "steps": 2})
+    (home / "order").write_text("4 SIGINT")                           # evaluation, two steps, then within the last evaluation
+    assert run_cli("train", *arguments).returncode == 130
+    (home / "order").unlink()
+    assert [row["step"] for row in read_lines(home / "out" / "evaluations.jsonl")] == [0]
+    assert checkpoints(home / "out")[-1].name == "checkpoint-2"
+    assert run_cli("resume", "out").returncode == 0
+    assert [row["step"] for row in read_lines(home / "out" / "evaluations.jsonl")] == [0, 2]
+    assert run_cli("resume", "out").returncode == 2
+
+
 def test_a_run_leaves_what_it_promises(home: Path, make_model: Callable[..., Path], call: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
     assert call("train", *settings(make_model("qwen2"), **{"algorithm.name": "gdpo", "algorithm.beta": 0.1})) == 0
     out = home / "out"
@@ -158,6 +170,7 @@ def test_a_run_leaves_what_it_promises(home: Path, make_model: Callable[..., Pat
     assert json.loads((out / "plan.json").read_text())["phases"]
     assert call("resume", "out") == 2                                 # done already
     assert call("resume", "out", "--steps", "7") == 0
+    assert read_run(out).steps == 7                                   # its new length is known next time
     assert read_lines(out / "metrics.jsonl")[-1]["step"] == 7
     assert call("train", *settings(make_model("qwen2"))) == 2         # folder in use
     assert "in use" in capsys.readouterr().err

@@ -23,6 +23,8 @@ class Algorithm(Settings):
     """May rollouts that the length limit cut take part?"""
     learns_from_old: ClassVar[bool] = False
     """May rollouts of an earlier or a foreign policy take part without an importance correction?"""
+    decouples_rewards: ClassVar[bool] = False
+    """Is each reward normalised by itself, so that rewards which cancel in the sum still teach?"""
     group_size: ClassVar[int] = 2
     """The least number of rollouts of one prompt that it can learn from."""
     reports: ClassVar[tuple[str, ...]] = ()

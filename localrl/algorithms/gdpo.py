@@ -26,6 +26,7 @@ class GDPO(Clipped):
     advantage_epsilon: float = Field(1e-4, gt=0)
     """Added to both standard deviations."""
 
+    decouples_rewards = True
     reports: ClassVar[tuple[str, ...]] = (*Clipped.reports, "conflicting_rewards")
 
     def advantage(self, batch: Batch) -> Tensor:
