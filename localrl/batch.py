@@ -59,6 +59,10 @@ class Rollout:
     """The sampler's own log-probability of each token, nats, after temperature and before top-k / top-p."""
     rewards: tuple[float, ...] = ()
     """One a reward function; NaN: does not apply, or could not be had."""
+    more: bool = False
+    """The window ended, not the response: the next step goes on with it, and until then there is nothing to score."""
+    ref: tuple[float, ...] | None = None
+    """The reference's log-probability of each token, nats, for rollouts that are kept; None: nobody read it yet."""
 
 
 @dataclass(frozen=True)
@@ -89,16 +93,22 @@ class Batch:
     """The longest response that the run allows, tokens (max_completion_length)."""
     sampler: Tensor | None = None
     """(B, T) float32: the sampler's log-probabilities, 0 outside mask; None if any row lacks them."""
+    ref: Tensor | None = None
+    """(B, T) float32: stored log-probabilities under the reference, 0 outside mask; None if any row lacks them."""
+    more: Tensor | None = None
+    """(B,) bool: the window ended, the response goes on in the next step. None: no row does."""
+    step: int = 0
+    """Updates that the policy has behind it: `step - version` is a row's age."""
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def __getitem__(self, rows: Tensor) -> Batch:
         part = {f.name: getattr(self, f.name) for f in fields(self)}
-        part = {k: v if v is None or k in ("weights", "limit") else v[rows] for k, v in part.items()}
+        part = {k: v if v is None or k in ("weights", "limit", "step") else v[rows] for k, v in part.items()}
         width, depth = int(lengths(part["mask"]).max()), int(part["context_length"].max())
         part["context"] = part["context"][:, :depth]
-        for name in ("tokens", "mask", "fresh", "sampler"):
+        for name in ("tokens", "mask", "fresh", "sampler", "ref"):
             if part[name] is not None:
                 part[name] = part[name][:, :width]
         return Batch(**part)
@@ -107,6 +117,16 @@ class Batch:
         """The same batch with every tensor on `device`."""
         moved: dict[str, Any] = {f.name: v.to(device) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
         return replace(self, **moved)
+
+    @property
+    def finished(self) -> Tensor:
+        """(B,) bool: ended by itself or at the run's limit, so that its rewards are known."""
+        return torch.ones_like(self.done) if self.more is None else ~self.more
+
+    @property
+    def age(self) -> Tensor:
+        """(B,) int64: updates since the row was sampled."""
+        return self.step - self.version
 
     @property
     def response_length(self) -> Tensor:
@@ -141,13 +161,24 @@ class Readout:
 COLUMNS = frozenset(f.name for f in fields(Readout))
 
 
+class Seed(NamedTuple):
+    """Where a backward pass for several gradients at once starts: a sum over rows whose parts count differently in each of D directions."""
+
+    value: Tensor
+    """() a sum over the micro-batch's rows, with gradient; no row's part depends on another row."""
+    coefficients: Tensor
+    """(B, D): direction d's gradient is the sum over rows of coefficients[row, d] * (gradient of the row's part)."""
+
+
 class Loss(NamedTuple):
-    """What an algorithm hands back for one micro-batch. Both are sums over its rows, so any split of a step adds up to the same."""
+    """What an algorithm hands back for one micro-batch. All are sums over its rows, so any split of a step adds up to the same."""
 
     value: Tensor
     """() the micro-batch's share of the step's loss, with gradient."""
     stats: dict[str, Tensor]
     """() each, detached: shares of the step's metrics (for a mean: the sum of share * quantity)."""
+    seeds: tuple[Seed, ...] = ()
+    """For a step whose gradient is steered between directions: what to differentiate instead of `value`."""
 
 
 Credit = TypeVar("Credit", bound=NamedTuple)
@@ -186,7 +217,7 @@ def pad(rows: Sequence[Sequence[float]], fill: float, dtype: torch.dtype) -> Ten
     return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows], dtype=dtype).reshape(len(rows), width)
 
 
-def collate(rollouts: Sequence[Rollout], weights: Sequence[float], limit: int) -> Batch:
+def collate(rollouts: Sequence[Rollout], weights: Sequence[float], limit: int, step: int = 0) -> Batch:
     """Rollouts become a batch, in their order. `weights` has one entry a reward, `limit` is the run's max_completion_length.
 
     >>> p = Prompt(7, (1, 2), "hi")
@@ -199,7 +230,7 @@ def collate(rollouts: Sequence[Rollout], weights: Sequence[float], limit: int) -
     tokens = pad([r.tokens for r in rollouts], 0, torch.int64)
     columns = torch.arange(tokens.shape[1])
     mask = columns < torch.tensor([len(r.tokens) for r in rollouts])[:, None]
-    told = all(r.logp is not None for r in rollouts)
+    told, known = all(r.logp is not None for r in rollouts), all(r.ref is not None for r in rollouts)
     return Batch(
         context=pad([r.request.prompt.tokens for r in rollouts], 0, torch.int64),
         context_length=torch.tensor([len(r.request.prompt.tokens) for r in rollouts]),
@@ -213,4 +244,7 @@ def collate(rollouts: Sequence[Rollout], weights: Sequence[float], limit: int) -
         weights=torch.tensor(list(weights), dtype=torch.float32),
         limit=limit,
         sampler=pad([r.logp or () for r in rollouts], 0.0, torch.float32) if told else None,
+        ref=pad([r.ref or () for r in rollouts], 0.0, torch.float32) if known else None,
+        more=torch.tensor([r.more for r in rollouts]) if any(r.more for r in rollouts) else None,
+        step=step,
     )

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Self
+
+from torch import Tensor
 
 from localrl.batch import Batch, Loss, Readout
 from localrl.settings import Settings
 
 Columns = frozenset[str]
+
+
+class Steering(NamedTuple):
+    """How the gradients of several directions become one update."""
+
+    weights: tuple[float, ...]
+    """One a direction: the update follows the sum of weights[d] * gradient[d]."""
+    rate: float
+    """Factor on the learning rate of this update; 0: no update."""
+    stats: Mapping[str, float]
+    """Metrics of the step; the last steps' come back as `past` the next time."""
 
 
 class Algorithm(Settings):
@@ -25,10 +39,32 @@ class Algorithm(Settings):
     """May rollouts of an earlier or a foreign policy take part without an importance correction?"""
     decouples_rewards: ClassVar[bool] = False
     """Is each reward normalised by itself, so that rewards which cancel in the sum still teach?"""
-    group_size: ClassVar[int] = 2
-    """The least number of rollouts of one prompt that it can learn from."""
+    needs_contrast: ClassVar[bool] = False
+    """Does it learn nothing from a group whose rewards are all equal?"""
+    learns_from_unfinished: ClassVar[bool] = False
+    """May a response take part window by window, before it is finished and scored?"""
+    needs_window: ClassVar[bool] = False
+    """Is it nothing without `rollout.window`?"""
     reports: ClassVar[tuple[str, ...]] = ()
     """Names of the metrics that its losses and `observe` add, beyond those every run has."""
+
+    @property
+    def group_size(self) -> int:
+        """The least number of rollouts of one prompt that it can learn from."""
+        return 2
+
+    @property
+    def corrects(self) -> bool:
+        """Does it weigh rollouts by how likely they are under the policy, so that an older policy or another engine may have sampled them?"""
+        return False
+
+    def objection(self, window: int | None) -> str | None:
+        """Why these settings cannot work with this `rollout.window`, in one sentence; None: they can."""
+        return None
+
+    def for_sampler(self, exact: bool) -> Self:
+        """The same algorithm, told whether rollouts come from the very policy that learns from them."""
+        return self
 
     @property
     def reads_before(self) -> Columns:
@@ -60,3 +96,19 @@ class Algorithm(Settings):
     def observe(self, batch: Batch, credit: Any) -> dict[str, float]:
         """Metrics of the whole step that the credit knows. Never read back as control."""
         return {}
+
+    def token_weights(self, credit: Any) -> Tensor | None:
+        """(B, T) how much each token of the step counts, for display; None: all the same."""
+        return None
+
+    def directions(self, weights: Sequence[float]) -> tuple[float, ...]:
+        """The gradients that are kept apart for `steer`, with these weights of the rewards: how each counts at first. Empty: the ordinary step."""
+        return ()
+
+    def steer(self, gram: Tensor, weights: Sequence[float], past: Sequence[Mapping[str, float]]) -> Steering:
+        """From the gradients' inner products (D, D) float64, the rewards' weights and the `stats` of up to 20 steps before, to one update."""
+        raise NotImplementedError
+
+    def alarms(self, first: Mapping[str, float], recent: Sequence[Mapping[str, float]]) -> Iterator[tuple[str, str]]:
+        """What a person should know: (key, sentence), each key told once a run. `first`: the first step's metrics, `recent`: up to 20 last ones."""
+        yield from ()

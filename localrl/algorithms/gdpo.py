@@ -1,21 +1,28 @@
-"""GDPO: every reward is normalised within its group before they are summed, so that different combinations stay different.
+"""GDPO: every reward is normalised by itself before they are combined, with fixed weights or with weights found from their gradients.
 
-Paper: Group reward-Decoupled normalization Policy Optimization, arXiv 2601.05242. Semantics of TRL's `normalize_then_sum`:
+Decoupled normalisation: Group reward-Decoupled normalization Policy Optimization, arXiv 2601.05242. Semantics of TRL's `normalize_then_sum`:
 a missing reward (NaN) is left out of the statistics, a rollout without any reward gets no credit. The last normalisation runs
 over all rollouts of the step: per micro-batch it would destroy the magnitudes that decoupling keeps.
+Conflict filter: GD2PO, arXiv 2606.16771. Directed weights: `localrl.algorithms.steering` on the rewards' gradients, which differ
+in a rollout's coefficient only, so that one backward pass gives them all (docs/algorithms/gdpo.md).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from itertools import combinations
 from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from localrl.algebra import group_moments, standardise, weighted_total
-from localrl.algorithms.grpo import Clipped
-from localrl.batch import Batch
+from localrl.algebra import group_moments, k3, ratio_to, standardise, weighted_total
+from localrl.algorithms.advantages import whiten
+from localrl.algorithms.base import Steering
+from localrl.algorithms.grpo import Clipped, Credit
+from localrl.algorithms.steering import Control, Geometry, clip_masks, control, detect, geometry
+from localrl.batch import Batch, Loss, Readout, Seed
 
 
 class GDPO(Clipped):
@@ -24,17 +31,128 @@ class GDPO(Clipped):
     name: Literal["gdpo"] = "gdpo"
     """Group reward-Decoupled normalisation."""
     advantage_epsilon: float = Field(1e-4, gt=0)
-    """Added to both standard deviations."""
+    """Added to the standard deviations."""
+    normalise: Literal["completions", "tokens"] = "completions"
+    """The last normalisation counts every completion once (TRL), or every token, so that long answers weigh more (the verl fork)."""
+    conflict_filter: Literal["none", "hard", "snr"] = "none"
+    """Leave out rollouts whose rewards disagree in sign (GD2PO): all of them (hard; two or three rewards at most, hardly any is left with more),
+    or those whose sum is small beside its parts (snr)."""
+    conflict_threshold: float = Field(0.8, ge=0, le=1)
+    """snr: a rollout in conflict is kept if |sum of advantages| is at least this share of the sum of their sizes."""
+    weighting: Literal["fixed", "directed"] = "fixed"
+    """fixed: the rewards' weights as given. directed: they are moved, as little as needed, so that no reward loses and none dominates."""
+    dispersion: float = Field(0.7, gt=0, le=1)
+    """directed: how evenly the rewards must profit from the update, from 1 / R (one takes all) to 1 (all alike)."""
+    tolerance: float = Field(0.0, ge=0, lt=1)
+    """directed: how far, as a cosine, the update may point against a reward."""
+    coherence: float = Field(0.05, gt=0, lt=1)
+    """directed: below this much agreement (length of the mean of the unit gradients) the region counts as unstable, and the step gets shorter."""
+    weight_bounds: tuple[float, float] | None = (0.05, 20.0)
+    """directed: least and most that a weight may become, as a multiple of the given one. Unset: no bounds."""
 
     decouples_rewards = True
-    reports: ClassVar[tuple[str, ...]] = (*Clipped.reports, "conflicting_rewards")
+    needs_contrast = True
+    reports: ClassVar[tuple[str, ...]] = (*Clipped.reports, "conflicting_rewards", "gdpo/kept")
+
+    def credit(self, batch: Batch, readout: Readout) -> Credit:
+        advantage, single = self.advantages(batch)
+        share = self.shared(batch, self.importance(batch, readout), self.share)
+        return Credit(advantage, share, readout.logp, single if self.weighting == "directed" else None)
 
     def advantage(self, batch: Batch) -> Tensor:
-        mean, std = group_moments(batch.rewards, batch.group)
-        decoupled = (batch.rewards - mean) / (std + self.advantage_epsilon)
-        return standardise(weighted_total(decoupled, batch.weights), self.advantage_epsilon)
+        return self.advantages(batch)[0]
 
-    def observe(self, batch: Batch, credit: tuple[Tensor, ...]) -> dict[str, float]:
+    def advantages(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(B,) of all rewards together, and (B, R) of each by itself, with the sign of its weight, on the same scale."""
+        single = self.decoupled(batch)
+        kept, ratio = self.keep(single, batch)
+        total = weighted_total(single, batch.weights) * ratio
+        scale = self._spread(torch.where(kept, total, torch.nan), batch)
+        return self._normalised(total, kept, batch), single.nan_to_num(0.0) * batch.weights.sign() * (kept * ratio / scale)[:, None]
+
+    def decoupled(self, batch: Batch) -> Tensor:
+        """(B, R) each reward centred and scaled within its group; NaN where it does not apply."""
+        mean, std = group_moments(batch.rewards, batch.group)
+        return (batch.rewards - mean) / (std + self.advantage_epsilon)
+
+    def keep(self, single: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(B,) bool: rollouts without conflict, and (B,) the share that their group kept (1 without a filter). `single` (B, R): advantages."""
+        signed = single.nan_to_num(0.0)
+        conflict = (signed > 1e-8).any(1) & (signed < -1e-8).any(1)
+        if self.conflict_filter == "none":
+            return torch.ones_like(conflict), torch.ones_like(signed[:, 0])
+        if self.conflict_filter == "snr":
+            conflict &= signed.sum(1).abs() / (signed.abs().sum(1) + 1e-8) < self.conflict_threshold
+        return ~conflict, group_moments((~conflict).float(), batch.group)[0]
+
+    def _normalised(self, total: Tensor, kept: Tensor, batch: Batch) -> Tensor:
+        if self.normalise == "completions":
+            return standardise(torch.where(kept, total, torch.nan), self.advantage_epsilon)
+        wide = total.nan_to_num(0.0)[:, None].expand(batch.mask.shape)
+        return whiten(wide, batch.fresh & (kept & ~total.isnan())[:, None])[:, 0]
+
+    def _spread(self, total: Tensor, batch: Batch) -> Tensor:
+        """() what the last normalisation divides by, so that directed weights which stay as given make the very update of fixed ones."""
+        return group_moments(total, torch.zeros_like(batch.group))[1].max() + self.advantage_epsilon
+
+    def observe(self, batch: Batch, credit: Credit) -> dict[str, float]:
         """Share of rollouts on which two rewards disagree in sign: what decoupling is for."""
-        signs = torch.sign(batch.rewards - group_moments(batch.rewards, batch.group)[0])
-        return {"conflicting_rewards": ((signs > 0).any(1) & (signs < 0).any(1)).float().mean().item()}
+        single = self.decoupled(batch)
+        metrics = {"conflicting_rewards": ((single > 0).any(1) & (single < 0).any(1)).float().mean().item()}
+        if self.conflict_filter != "none":
+            metrics["gdpo/kept"] = self.keep(single, batch)[0].float().mean().item()
+        return metrics
+
+    # -- directed weights ---------------------------------------------------------------------------------------------------
+
+    def directions(self, weights: Sequence[float]) -> tuple[float, ...]:
+        if self.weighting == "fixed" or len(weights) < 2:
+            return ()
+        return (*(abs(w) for w in weights), *([1.0] if self.beta else []))
+
+    def objection(self, window: int | None) -> str | None:
+        if self.weighting == "directed" and self.normalise == "tokens":
+            return "algorithm.normalise=tokens and algorithm.weighting=directed: directed weights need one advantage a completion, set normalise=completions"
+        return super().objection(window)
+
+    def loss(self, batch: Batch, readout: Readout, credit: Credit) -> Loss:
+        loss = super().loss(batch, readout, credit)
+        return loss._replace(seeds=self._seeds(readout, credit)) if self.weighting == "directed" else loss
+
+    def _seeds(self, readout: Readout, credit: Credit) -> tuple[Seed, ...]:
+        """All rewards' gradients from at most two backward passes, for clipping looks at an advantage's sign only; KL is a direction of its own."""
+        assert readout.logp is not None
+        assert credit.single is not None
+        ratio, none = ratio_to(readout.logp, credit.old), credit.single.new_zeros(len(credit.single), int(self.beta > 0))
+        if credit.old is None:                                                   # the ratio is 1: nothing is clipped
+            seeds = [Seed(-(credit.share * ratio).sum(), torch.cat([credit.single, none], 1))]
+        else:
+            up, down = clip_masks(ratio.detach(), *self.clip)
+            seeds = [
+                Seed(-(credit.share * ratio * mask).sum(), torch.cat([part, none], 1))
+                for mask, part in ((up, credit.single.clamp(min=0)), (down, credit.single.clamp(max=0)))
+            ]
+        if self.beta:
+            assert readout.ref is not None
+            kl = self.beta * (credit.share * k3(readout.logp, readout.ref)).sum()
+            seeds.append(Seed(kl, torch.cat([torch.zeros_like(credit.single), none + 1], 1)))
+        return tuple(seeds)
+
+    def steer(self, gram: Tensor, weights: Sequence[float], past: Sequence[Mapping[str, float]]) -> Steering:
+        count = len(weights)
+        found = control(gram[:count, :count], [abs(w) for w in weights], self.dispersion, self.tolerance, self.coherence, self.weight_bounds)
+        region = detect(found.stats(), past, self.coherence)
+        stats = {**found.stats(), **region.stats(), "steering/rate": found.rate * region.rate, **by_reward(found, geometry(gram[:count, :count]))}
+        return Steering((*found.weights, *[1.0] * (len(gram) - count)), found.rate * region.rate, stats)
+
+
+def by_reward(found: Control, shape: Geometry) -> dict[str, float]:
+    """Metrics of each reward (by its number) and each pair: `steering/<k>/weight`, `/norm` of its gradient, `/cosine` with the update,
+    `steering/<i>-<j>/angle` (degrees) and `/wedge` (area that the two gradients span)."""
+    profit = iter(found.after.p.tolist())
+    stats = {}
+    for k, (weight, active, norm) in enumerate(zip(found.weights, found.active, shape.norms.tolist(), strict=True)):
+        stats |= {f"steering/{k}/weight": weight, f"steering/{k}/norm": norm, f"steering/{k}/cosine": next(profit) if active else 0.0}
+    for i, j in combinations(range(len(found.weights)), 2):
+        stats |= {f"steering/{i}-{j}/angle": shape.angle[i, j].item(), f"steering/{i}-{j}/wedge": shape.wedge[i, j].item()}
+    return stats

@@ -1,7 +1,7 @@
-"""GRPO, and by its settings Dr. GRPO and DAPO's loss.
+"""GRPO: a rollout is good if its reward is above its group's mean. No critic.
 
-Papers: GRPO, arXiv 2402.03300, equation 3. Dr. GRPO, arXiv 2503.20783, section 3.2: `share = "fixed_length"`, `scale_rewards = "none"`.
-DAPO, arXiv 2503.14476, sections 3.1 and 3.3: `share = "token_mean"`, `epsilon_high = 0.28`.
+Paper: DeepSeekMath, arXiv 2402.03300, section 4.1. Variants by settings: Dr. GRPO (arXiv 2503.20783): share = fixed_length,
+scale_rewards = none; DAPO (arXiv 2503.14476): share = token_mean, epsilon_high = 0.28, rollout.dynamic_sampling = true.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from localrl.algebra import ShareName, group_moments, k3, ratio_to, share, weighted_total
-from localrl.algorithms.base import Algorithm, Columns
+from localrl.algebra import ShareName, group_moments, k3, ratio_to, weighted_total
+from localrl.algorithms.base import Columns
+from localrl.algorithms.on_policy import OnPolicy
 from localrl.batch import Batch, Loss, Readout
 
 
@@ -23,12 +24,14 @@ class Credit(NamedTuple):
     advantage: Tensor
     """(B,)"""
     share: Tensor
-    """(B, T), sums to 1 over the step."""
+    """(B, T), sums to 1 over the step; where samples are corrected, times the importance weight."""
     old: Tensor | None
     """(B, T) log-probabilities when the step began; None: this is the only update on these rollouts."""
+    single: Tensor | None = None
+    """(B, R) each reward's own advantage, with the sign of its weight, on the scale of `advantage`; None: nobody steers between them."""
 
 
-class Clipped(Algorithm):
+class Clipped(OnPolicy):
     """The clipped objective that GRPO and its kin share; a subclass says what the advantage is."""
 
     epsilon: float = Field(0.2, gt=0, lt=1)
@@ -43,6 +46,11 @@ class Clipped(Algorithm):
     reports: ClassVar[tuple[str, ...]] = ("clip_ratio", "kl")
 
     @property
+    def clip(self) -> tuple[float, float]:
+        """The ratio's bounds."""
+        return 1 - self.epsilon, 1 + (self.epsilon_high or self.epsilon)
+
+    @property
     def reads_during(self) -> Columns:
         return frozenset({"logp", "ref"} if self.beta else {"logp"})
 
@@ -51,14 +59,12 @@ class Clipped(Algorithm):
         raise NotImplementedError
 
     def credit(self, batch: Batch, readout: Readout) -> Credit:
-        advantage = self.advantage(batch)
-        return Credit(advantage, share(batch.fresh, self.share, batch.limit), readout.logp)
+        return Credit(self.advantage(batch), self.shared(batch, self.importance(batch, readout), self.share), readout.logp)
 
     def loss(self, batch: Batch, readout: Readout, credit: Credit) -> Loss:
         assert readout.logp is not None
         ratio = ratio_to(readout.logp, credit.old)
-        low, high = 1 - self.epsilon, 1 + (self.epsilon_high or self.epsilon)
-        advantage = credit.advantage[:, None]
+        (low, high), advantage = self.clip, credit.advantage[:, None]
         per_token = -torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
         clipped = ((ratio < low) & (advantage < 0)) | ((ratio > high) & (advantage > 0))
         stats = {"clip_ratio": (credit.share * clipped).sum()}
@@ -79,6 +85,8 @@ class GRPO(Clipped):
     """Divide the advantage by the standard deviation of its group, of the whole step, or not at all (Dr. GRPO)."""
     advantage_epsilon: float = Field(1e-4, gt=0)
     """Added to the standard deviation."""
+
+    needs_contrast = True
 
     def advantage(self, batch: Batch) -> Tensor:
         total = weighted_total(batch.rewards, batch.weights)

@@ -7,15 +7,20 @@ weight (up to 4), the divisor and the entropy threshold; `variant` selects eithe
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar, Literal, NamedTuple, Self
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from localrl.algebra import group_moments, mean_per_row, ratio_to, sequence_mean, weighted_total
-from localrl.algorithms.base import Algorithm, Columns
+from localrl.algebra import group_moments, mean_per_row, ratio_to, weighted_total
+from localrl.algorithms.base import Columns
+from localrl.algorithms.on_policy import OnPolicy
 from localrl.batch import Batch, Loss, Readout, lengths
+
+UNREACHABLE = 1e3
+"""Nats that no vocabulary's entropy can have: a filter that never filters."""
 
 
 class Credit(NamedTuple):
@@ -31,7 +36,7 @@ class Credit(NamedTuple):
     """(B,) each rollout's part of the step: 1 / B."""
 
 
-class GTPO(Algorithm):
+class GTPO(OnPolicy):
     """Group-relative Trajectory-based Policy Optimisation."""
 
     name: Literal["gtpo"] = "gtpo"
@@ -41,9 +46,10 @@ class GTPO(Algorithm):
     longer conflict run, summed over the group."""
     gamma: float = Field(0.1, ge=0)
     """Entropy penalty: a completion's mean entropy (nats) times this is taken from its advantage."""
-    threshold: float | Literal["auto"] = "auto"
+    threshold: float | Literal["auto", "paper"] = "auto"
     """Completions whose mean entropy (nats) exceeds this are left out. auto: ln 2 if the untrained model stays below it on average, else the
-    95 % quantile of the untrained model's own completions. The authors' code has 0.7, and 1.02 for Qwen2.5-3B."""
+    95 % quantile of the untrained model's own completions. paper: ln 2, or no filter at all if the untrained model is above it. The authors' code
+    has 0.7, and 1.02 for Qwen2.5-3B."""
     positive_weight: float = Field(2.0, ge=0)
     """Weight of a conflict token in a completion above its group's mean."""
     negative_weight: float = Field(0.0, ge=0)
@@ -52,7 +58,9 @@ class GTPO(Algorithm):
     """Divide the advantage by its group's standard deviation? The paper does not."""
 
     learns_from_cut = True
-    reports: ClassVar[tuple[str, ...]] = ("gtpo/conflict_share", "gtpo/filtered_share", "gtpo/mean_weight")
+    reports: ClassVar[tuple[str, ...]] = (
+        "gtpo/conflict_share", "gtpo/protected_share", "gtpo/boosted_share", "gtpo/mean_weight", "gtpo/filtered_share", "gtpo/completion_entropy"
+    )  # fmt: skip
 
     @property
     def reads_during(self) -> Columns:
@@ -60,13 +68,14 @@ class GTPO(Algorithm):
 
     @property
     def calibrates(self) -> Columns:
-        return frozenset({"entropy"}) if self.threshold == "auto" else frozenset()
+        return frozenset({"entropy"}) if isinstance(self.threshold, str) else frozenset()
 
     def calibrate(self, batch: Batch, readout: Readout) -> Self:
         """Fix the automatic threshold from the untrained policy's entropy (section 2.3 of docs/algorithms/gtpo.md)."""
         assert readout.entropy is not None
         entropy = mean_per_row(readout.entropy, batch.mask)
-        threshold = math.log(2) if entropy.mean() <= math.log(2) else entropy.quantile(0.95).item()
+        beyond = UNREACHABLE if self.threshold == "paper" else entropy.quantile(0.95).item()
+        threshold = math.log(2) if entropy.mean() <= math.log(2) else beyond
         return self.model_copy(update={"threshold": threshold})
 
     def credit(self, batch: Batch, readout: Readout) -> Credit:
@@ -77,7 +86,7 @@ class GTPO(Algorithm):
             advantage = advantage / (std + 1e-4)
         advantage = advantage.nan_to_num(0.0)
         ahead, behind = conflict_runs(batch.tokens, batch.mask, advantage, batch.group)
-        even, part = sequence_mean(batch.fresh), torch.full_like(advantage, 1 / len(batch))
+        even, part = self.shared(batch, self.importance(batch, readout), "sequence_mean"), torch.full_like(advantage, 1 / len(batch))
         touched = torch.where(advantage > 0, self.positive_weight, self.negative_weight)[:, None]
         one = torch.ones((), device=touched.device)
         if self.variant == "paper":
@@ -90,20 +99,35 @@ class GTPO(Algorithm):
     def loss(self, batch: Batch, readout: Readout, credit: Credit) -> Loss:
         assert readout.logp is not None
         assert readout.entropy is not None
-        if self.threshold == "auto":
+        if isinstance(self.threshold, str):
             raise RuntimeError("GTPO's automatic threshold was never calibrated")
         entropy = mean_per_row(readout.entropy.detach(), batch.fresh)
         kept = entropy <= self.threshold
         shaped = (kept * (credit.advantage - self.gamma * entropy))[:, None]
         loss = -(credit.share * credit.weight * shaped * ratio_to(readout.logp, None)).sum()
-        return Loss(loss, {"gtpo/filtered_share": (credit.part * ~kept).sum()})
+        return Loss(loss, {"gtpo/filtered_share": (credit.part * ~kept).sum(), "gtpo/completion_entropy": (credit.part * entropy).sum()})
 
     def observe(self, batch: Batch, credit: Credit) -> dict[str, float]:
         tokens = batch.fresh.sum().clamp(min=1)
+        protected, boosted = ((found & batch.fresh).sum().item() / tokens.item() for found in (credit.weight < 1, credit.weight > 1))
         return {
-            "gtpo/conflict_share": ((credit.weight != 1) & batch.fresh).sum().item() / tokens.item(),
+            "gtpo/conflict_share": protected + boosted, "gtpo/protected_share": protected, "gtpo/boosted_share": boosted,
             "gtpo/mean_weight": (credit.weight.sum() / tokens).item(),
-        }
+        }  # fmt: skip
+
+    def token_weights(self, credit: Credit) -> Tensor:
+        return credit.weight
+
+    def alarms(self, first: Mapping[str, float], recent: Sequence[Mapping[str, float]]) -> Iterator[tuple[str, str]]:
+        if isinstance(self.threshold, str):
+            return
+        before, now = (m.get("gtpo/completion_entropy", 0.0) for m in (first, recent[-1]))
+        if before <= self.threshold < now:
+            yield "collapse", (f"completions' mean entropy has risen from {before:.2f} to {now:.2f} nats, above algorithm.threshold={self.threshold:.2f}: "
+                               "accuracy usually falls next; stop here, or resume an earlier checkpoint with a lower optim.learning_rate or a larger algorithm.gamma")
+        if len(recent) == 20 and all(m.get("gtpo/filtered_share", 0.0) > 0.5 for m in recent):
+            yield "filtered", (f"for 20 steps more than half of all completions have been left out for their entropy "
+                               f"(algorithm.threshold={self.threshold:.2f}): hardly anything is learned; raise the threshold, or set algorithm.threshold=auto in a new run")
 
 
 def conflict_runs(tokens: Tensor, mask: Tensor, advantage: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
