@@ -64,6 +64,7 @@ def train(
     overrides: Overrides = None,
     preset: Preset = None,
     config: Config = None,
+    from_log: Annotated[Path | None, typer.Option("--from-log", help="Learn from a file of responses (prompt, response, rewards); nothing is sampled.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything short of loading weights, show the plan, write nothing.")] = False,
 ) -> None:
     """Train an adapter: sample, score, update; evaluate before and after; checkpoint on the way.
@@ -73,11 +74,14 @@ def train(
       localrl train --preset qwen3-8b-16gb data.path=my.jsonl rewards.functions='[{function="reward.py:score"}]'
 
       localrl train --config mine.toml rollout.temperature=0.8 algorithm.name=gdpo --dry-run
+
+      localrl train --from-log answers.jsonl model.path=Qwen/Qwen3-4B steps=200
     """
     from localrl.config import load_run
     from localrl.run import anchor, check_run, train_run
 
-    run = load_run(preset or (None if config else "demo"), config, overrides or [])
+    given = [*(_from_log(from_log, bare=not (preset or config)) if from_log else ()), *(overrides or [])]
+    run = load_run(preset or (None if config else "demo"), config, given)
     if dry_run:
         prepared = check_run(anchor(run, Path.cwd()), _say)
         _show_plan(prepared.plan)
@@ -91,6 +95,15 @@ def train(
     with Progress(console) as display:
         path = train_run(run, display)
     _after(path)
+
+
+def _from_log(path: Path, bare: bool) -> list[str]:
+    """The settings that `--from-log` stands for. Without a preset or config nothing else is said: an algorithm that can, and no rewards but the log's."""
+    from localrl.algorithms import ALGORITHMS
+
+    lines = [f"data.path={json.dumps(str(path))}", "data.from_log=true"]
+    able = next(name for name, kind in ALGORITHMS.items() if kind.learns_from_old and kind().group_size == 1)
+    return [*lines, f"algorithm.name={able}", "rewards.functions=[]", "data.holdout=0"] if bare else lines
 
 
 @app.command()

@@ -79,8 +79,57 @@ class RolloutSettings(Settings):
     """Strings that end a response, beside the model's own end tokens."""
     concurrent: int | None = Field(None, ge=1)
     """Most sequences decoded at once; unset: what the memory plan finds."""
+    window: int | None = Field(None, ge=1)
+    """Most tokens that a response grows by in one step; an unfinished one goes on in the next, a finished one makes room. Unset: whole responses."""
+    dynamic_sampling: bool = False
+    """Sample on until prompts_per_step groups are together whose rewards differ within the group (DAPO)."""
+    max_resamples: int = Field(4, ge=0)
+    """Most additional rounds of dynamic_sampling; after that the step makes do with what there is."""
     weights: Literal["auto", "live", "unpacked"] = "auto"
     """live: decode with the quantised layers. unpacked: with a scratch copy of the very same weights, freed before learning (faster on a CPU)."""
+
+
+class ReplayFilter(Settings):
+    """A condition on a reward."""
+
+    reward: str = Field(min_length=1)
+    """The reward's name."""
+    at_least: float = 0.0
+    """A rollout with less, or without this reward, is not kept."""
+
+
+class ReplaySettings(Settings):
+    """Learning from rollouts more than once, and from those of older policies. Nothing of it is on while `capacity` is 0."""
+
+    capacity: int = Field(0, ge=0)
+    """Rollouts kept of each prompt, the newest ones. 0: each rollout is learned from once, in the step that sampled it."""
+    recent: float = Field(0.5, ge=0, le=1)
+    """Share of the drawn groups that take the newest rollouts of a prompt which was just sampled; the others draw from all that is kept."""
+    draw: Literal["reward", "uniform"] = "reward"
+    """How rollouts of the others are drawn: likelier the higher their reward, or all alike."""
+    inverse_temperature: float = Field(1.0, ge=0)
+    """reward: a rollout's probability is proportional to exp(inverse_temperature * total reward)."""
+    sync_every: int = Field(1, ge=1)
+    """Updates between two times that the sampler gets the policy's weights."""
+    max_staleness: int | None = Field(None, ge=0)
+    """Rollouts older than this many updates are dropped. Unset: age does not matter."""
+    prefill: int = Field(0, ge=0)
+    """Rollouts that must be there before the first update."""
+    filters: tuple[ReplayFilter, ...] = ()
+    """What a rollout must have to be kept, for instance [{ reward = "safe", at_least = 1.0 }]."""
+
+
+class SearchSettings(Settings):
+    """Sampling in processes of its own, beside the trainer."""
+
+    processes: int = Field(0, ge=0, le=64)
+    """Searchers: each loads a copy of the model and samples while the trainer learns. 0: the trainer samples and learns in turn."""
+    threads: int = Field(1, ge=1)
+    """Threads of each searcher, on a CPU."""
+    ahead: int = Field(2, ge=1)
+    """Most steps' worth of requests under way at once: the trainer waits when there are more."""
+    restarts: int = Field(3, ge=0)
+    """How often a searcher that died is started again before the run gives up."""
 
 
 class OptimSettings(Settings):
@@ -104,6 +153,8 @@ class OptimSettings(Settings):
     """After the warm-up: constant, or down to 0 at the last step."""
     warmup_steps: int = Field(0, ge=0)
     """Steps over which the learning rate rises from 0."""
+    critic_learning_rate: float | None = Field(None, gt=0, le=1)
+    """Of the critic, where the algorithm has one. Unset: the same as learning_rate."""
     num_iterations: int = Field(1, ge=1, le=64)
     """Updates on each step's rollouts. Above 1, old log-probabilities are read first (one more forward pass)."""
 
@@ -119,6 +170,9 @@ class MemorySettings(Settings):
     """Keep only each layer's input and compute the rest again in the backward pass."""
     head_chunk: int | None = Field(None, ge=1)
     """Tokens whose logits exist at the same time."""
+    directions: Literal["auto", "float32", "bfloat16", "int8", "two_pass", "lagged"] = "auto"
+    """How the gradients of several directions are kept, where the algorithm steers between them: whole, in blocks of 8 bits, or only their
+    sketches (two_pass: a second backward pass applies the weights; lagged: the last step's weights apply). auto: what costs at most 10 % of the peak."""
 
 
 class EvalSettings(Settings):
@@ -162,6 +216,8 @@ class Run(Settings):
     rewards: RewardSettings
     algorithm: AnyAlgorithm
     rollout: RolloutSettings = RolloutSettings()
+    replay: ReplaySettings = ReplaySettings()
+    search: SearchSettings = SearchSettings()
     optim: OptimSettings = OptimSettings()
     memory: MemorySettings = MemorySettings()
     eval: EvalSettings = EvalSettings()
@@ -176,13 +232,52 @@ class Run(Settings):
             )
         if self.rollout.temperature == 0:
             raise ValueError("rollout.temperature=0 samples the same response every time, nothing can be learned: above 0, 1.0 is usual")
-        if not self.rewards.functions:
+        if not self.rewards.functions and not self.data.from_log:
             raise ValueError("rewards.functions is empty: name at least one, e.g. [[rewards.functions]] function = \"exact_answer\"")
+        self._check_sources()
         return self
+
+    @property
+    def own_samples(self) -> bool:
+        """Every step learns from rollouts of the policy as it is at that step."""
+        return not (self.replay.capacity or self.search.processes or self.data.from_log)
+
+    def _check_sources(self) -> None:
+        """Where rollouts come from, and whether the algorithm may learn from them."""
+        name, window, algorithm = self.algorithm.name, self.rollout.window, self.algorithm
+        if window and not algorithm.learns_from_unfinished:
+            raise ValueError(f"rollout.window={window} but {name} needs finished responses: leave it out, or take {_those('learns_from_unfinished')}")
+        if objection := algorithm.objection(window):
+            raise ValueError(objection)
+        if not window and algorithm.needs_window:
+            raise ValueError(f"algorithm.name={name} learns window by window: set rollout.window, a quarter of max_completion_length is usual")
+        if window and self.replay.capacity:
+            raise ValueError(f"rollout.window={window} and replay.capacity={self.replay.capacity}: a response that grows cannot be kept for replay, "
+                             "leave one of them out")
+        if self.search.processes and not self.replay.capacity:
+            raise ValueError(f"search.processes={self.search.processes} needs somewhere to keep what the searchers find: set replay.capacity")
+        if self.rollout.dynamic_sampling:
+            taken = {"rollout.window": window, "replay.capacity": self.replay.capacity, "data.from_log": self.data.from_log}
+            if other := next((key for key, value in taken.items() if value), None):
+                raise ValueError(f"rollout.dynamic_sampling replaces groups of this step's own samples: it does not go with {other}, leave one of them out")
+            if self.rollout.num_generations < 2:
+                raise ValueError("rollout.dynamic_sampling compares rollouts of one prompt: rollout.num_generations must be at least 2")
+        if self.data.from_log and (other := next((k for k, v in {"replay.capacity": self.replay.capacity, "rollout.window": window}.items() if v), None)):
+            raise ValueError(f"data.from_log samples nothing, so that {other} has no meaning: leave it out")
+        if self.data.from_log and not algorithm.learns_from_old:
+            raise ValueError(f"data.from_log: {name} learns from its own samples only; for logs take {_those('learns_from_old')}")
+        if not self.own_samples and not algorithm.learns_from_old and not algorithm.corrects:
+            raise ValueError(f"replay.capacity={self.replay.capacity} hands {name} rollouts of older policies, which it takes for its own: "
+                             f"leave it out, or take {_those('learns_from_old')}")
 
     def dump(self) -> str:
         """The whole of it as TOML, every default spelled out. What is unset (None) is left out: TOML has no null."""
         return tomli_w.dumps(_without_none(self.model_dump(mode="json")))
+
+
+def _those(what: str) -> str:
+    """Algorithms that declare something, for hints."""
+    return " or ".join(name for name, kind in ALGORITHMS.items() if getattr(kind, what))
 
 
 def load_run(preset: str | None = None, config: Path | None = None, overrides: Sequence[str] = ()) -> Run:

@@ -7,8 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from localrl.batch import Prompt, Request, Rollout
 from localrl.config import EvalSettings, RolloutSettings
+from localrl.rewards import Scores
 
 EVAL_VERSION = 2**31 - 1
 """Stands for the step in the random stream, so that every evaluation of a run draws the same numbers and none of training's."""
@@ -18,16 +21,6 @@ class Samples(Protocol):
     """What evaluation needs of an engine."""
 
     def generate(self, requests: list[Request], version: int, *, settings: RolloutSettings | None = None) -> list[Rollout]: ...
-
-
-class Scores(Protocol):
-    """What it needs of the rewards."""
-
-    @property
-    def names(self) -> Sequence[str]: ...
-    @property
-    def weights(self) -> Sequence[float]: ...
-    def score(self, rollouts: list[Rollout]) -> list[Rollout]: ...
 
 
 @dataclass(frozen=True)
@@ -45,7 +38,7 @@ def evaluate(engine: Samples, rewards: Scores, prompts: Sequence[Prompt], settin
     reward of 0 or 1), each with its standard error `.../stderr` over prompts, `eval/completions/mean_length`, `eval/completions/done`.
     """
     count = 1 if settings.temperature == 0 else settings.num_generations
-    sampling = rollout.model_copy(update={"temperature": settings.temperature, "top_p": 1.0, "top_k": 0})
+    sampling = rollout.model_copy(update={"temperature": settings.temperature, "top_p": 1.0, "top_k": 0, "window": None})
     requests = [Request(prompt, sample) for prompt in prompts[: settings.limit] for sample in range(count)]
     rollouts = rewards.score(engine.generate(requests, EVAL_VERSION, settings=sampling))
     metrics: dict[str, float] = {}
@@ -68,9 +61,11 @@ def total(rewards: Sequence[float], weights: Sequence[float]) -> float:
     return sum(known) if known else math.nan
 
 
-def completion_rows(rollouts: Sequence[Rollout], names: Sequence[str], weights: Sequence[float]) -> list[dict[str, Any]]:
-    """Rollouts as plain rows, for the completions files."""
-    return [
+def completion_rows(
+    rollouts: Sequence[Rollout], names: Sequence[str], weights: Sequence[float], token_weights: Tensor | None = None
+) -> list[dict[str, Any]]:
+    """Rollouts as plain rows, for the completions files. `token_weights` (B, T): how much each token counted, with the tokens' ids beside it."""
+    rows: list[dict[str, Any]] = [
         {
             "prompt_id": r.request.prompt.id,
             "sample": r.request.sample,
@@ -83,6 +78,9 @@ def completion_rows(rollouts: Sequence[Rollout], names: Sequence[str], weights: 
         }
         for r in rollouts
     ]
+    for row, rollout, own in zip(rows, rollouts, [] if token_weights is None else token_weights.tolist(), strict=False):
+        row |= {"token_ids": rollout.tokens, "token_weights": [round(w, 4) for w in own[: len(rollout.tokens)]]}
+    return rows
 
 
 def _summarise(metrics: dict[str, float], name: str, values: Sequence[float], count: int) -> None:

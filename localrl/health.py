@@ -7,8 +7,11 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 
 from localrl.algorithms import ALGORITHMS
+from localrl.algorithms.base import Algorithm
 
 DECOUPLED = [f"algorithm.name={name}" for name, kind in ALGORITHMS.items() if kind.decouples_rewards]
+MEMORY = 20
+"""Steps that an algorithm's own alarms may look back."""
 PATIENCE = 5
 """Steps in a row before a standing condition is reported: one bad batch is no diagnosis."""
 
@@ -16,8 +19,11 @@ PATIENCE = 5
 class Health:
     """Remembers the last steps and speaks up when a run cannot learn."""
 
-    def __init__(self, names: Sequence[str]) -> None:
-        self.names = list(names)
+    def __init__(self, names: Sequence[str], algorithm: Algorithm, past: Sequence[dict[str, float]] = ()) -> None:
+        """`past`: metrics of the steps before, of a run that is resumed."""
+        self.names, self.algorithm = list(names), algorithm
+        self._first: dict[str, float] = past[0] if past else {}
+        self._history: deque[dict[str, float]] = deque(past, maxlen=MEMORY)
         self._recent: deque[dict[str, float]] = deque(maxlen=PATIENCE)
         self._said: set[str] = set()
         self._entropy_at_start: float | None = None
@@ -25,6 +31,8 @@ class Health:
     def look(self, metrics: dict[str, float]) -> list[str]:
         """New findings after one more step, each a sentence; a finding is reported once a run."""
         self._recent.append(metrics)
+        self._history.append(metrics)
+        self._first = self._first or metrics
         entropy = metrics.get("entropy", math.nan)
         if self._entropy_at_start is None and not math.isnan(entropy):
             self._entropy_at_start = entropy
@@ -33,7 +41,8 @@ class Health:
         return [text for _, text in new]
 
     def _findings(self, now: dict[str, float], entropy: float) -> list[tuple[str, str]]:
-        return [*self._of_this_step(now), *(self._of_the_last_steps(now, entropy) if len(self._recent) == PATIENCE else ())]
+        own = self.algorithm.alarms(self._first, list(self._history))
+        return [*self._of_this_step(now), *own, *(self._of_the_last_steps(now, entropy) if len(self._recent) == PATIENCE else ())]
 
     def _of_this_step(self, now: dict[str, float]) -> Iterator[tuple[str, str]]:
         if not math.isfinite(now.get("grad_norm", 0.0)):
@@ -48,7 +57,7 @@ class Health:
         if self._always("frac_reward_cancelling", 0.5):
             yield "cancel", (f"for {PATIENCE} steps single rewards varied while their weighted sum stayed equal within groups: they cancel, so the "
                              f"advantage is 0; change the weights, or take an algorithm that normalises each reward by itself ({', '.join(DECOUPLED)})")
-        elif self._always("frac_reward_zero_std", 1.0):
+        elif self.algorithm.group_size > 1 and self._always("frac_reward_zero_std", 1.0):
             means = ", ".join(f"{n} {now.get(f'rewards/{n}/mean', math.nan):.2f}" for n in self.names)
             yield "flat", (f"for {PATIENCE} steps all rollouts of every prompt got the same reward ({means}): nothing can be learned; if they are all wrong, "
                            "it is too hard for the base (ease the prompts, or give partial credit), if all right, it is learned")

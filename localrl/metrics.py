@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
-from localrl.algebra import group_moments, weighted_total
+from localrl.algebra import group_moments, token_mean, weighted_total
 from localrl.batch import Batch
 
 Metrics = dict[str, float]
@@ -37,25 +38,32 @@ class Clock:
             self.peaks[phase] = max(self.peaks.get(phase, 0), torch.cuda.max_memory_allocated(self.device))
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
-    def report(self, batch: Batch) -> Metrics:
+    def report(self, batch: Batch, sampling: Metrics) -> Metrics:
         """Where the time went (`time/...`, seconds), how fast it sampled and learned (tokens/s), and each phase's peak (bytes)."""
         metrics = {f"time/{name}": value for name, value in self.seconds.items()} | {"time/step": sum(self.seconds.values())}
-        metrics["tokens_per_second/rollout"] = batch.fresh.sum().item() / max(self.seconds["rollout"], 1e-9)
+        if generated := sampling.get("rollout/tokens"):
+            metrics["tokens_per_second/rollout"] = generated / max(self.seconds["rollout"], 1e-9)
         metrics["tokens_per_second/learn"] = batch.sequence_length.sum().item() / max(self.seconds["learn"], 1e-9)
         return metrics | {f"memory/{name}": float(value) for name, value in self.peaks.items()}
 
 
 def describe(batch: Batch, names: Sequence[str]) -> Metrics:
-    """Rewards and completions of a step, and what its groups can teach.
+    """Rewards and completions of a step, and what its groups can teach. Of finished rollouts; those that go on are counted only.
 
     `frac_reward_zero_std`: share of groups whose totals are all equal, so that group-relative advantages are 0. `frac_reward_cancelling`:
     those among them in which single rewards do vary. `frac_unscored`: share of rollouts without any reward.
     """
+    metrics = {"num_tokens": float(batch.sequence_length.sum().item())}
+    if batch.more is not None:
+        metrics["completions/unfinished"] = batch.more.float().mean().item()
+        if not batch.finished.any():
+            return metrics
+        batch = batch[batch.finished.nonzero().squeeze(1)]
     total = weighted_total(batch.rewards, batch.weights)
     length = batch.mask.sum(1).float()
     flat = group_moments(total, batch.group)[1] < 1e-6
     varied = (group_moments(batch.rewards, batch.group)[1] > 1e-6).any(1)
-    metrics = {
+    metrics |= {
         "reward": total.nanmean().item(),
         "reward_std": _std(total),
         "frac_reward_zero_std": _share_of_groups(flat, batch),
@@ -65,13 +73,31 @@ def describe(batch: Batch, names: Sequence[str]) -> Metrics:
         "completions/min_length": length.min().item(),
         "completions/max_length": length.max().item(),
         "completions/clipped_ratio": (~batch.done).float().mean().item(),
-        "num_tokens": float(batch.sequence_length.sum().item()),
     }
     for index, name in enumerate(names):
         column = batch.rewards[:, index]
         metrics[f"rewards/{name}/mean"] = column.nanmean().item() if not column.isnan().all() else math.nan
         metrics[f"rewards/{name}/std"] = _std(column)
     return metrics
+
+
+def mismatch(batch: Batch, logp: Tensor) -> Metrics:
+    """How far the sampler is from the policy when the step begins: `sampler/mean_difference` of log-probabilities (nats, absolute),
+    `sampler/kl` (k3 estimate of KL(sampler || policy)), `sampler/age` (updates since).
+    (B, T) -> numbers."""
+    return {name: value.item() for name, value in mismatch_sums(batch, logp, token_mean(batch.fresh)).items()}
+
+
+def mismatch_sums(part: Batch, logp: Tensor, share: Tensor) -> dict[str, Tensor]:
+    """The same for one micro-batch: its share of each mean over tokens. `share` (B, T) sums to 1 over the step."""
+    if part.sampler is None:
+        return {}
+    difference = torch.where(part.fresh, logp - part.sampler, 0.0)
+    return {
+        "sampler/mean_difference": (share * difference.abs()).sum(),
+        "sampler/kl": (share * (difference.exp() - 1 - difference)).sum(),
+        "sampler/age": (share * part.age[:, None]).sum(),
+    }
 
 
 def _std(values: torch.Tensor) -> float:

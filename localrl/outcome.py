@@ -21,6 +21,7 @@ from localrl.folder import find_checkpoint, read_lines, read_run, verify_checkpo
 from localrl.policy.adapters import using
 from localrl.policy.policy import Policy
 from localrl.record import Display
+from localrl.rewards import LoggedRewards
 from localrl.run import Prepared, open_rewards, prepare
 from localrl.settings import UserError
 
@@ -62,6 +63,8 @@ def evaluate_run(path: Path, display: Display, overrides: Sequence[str], base: b
         raise UserError("no prompts are held out: set data.holdout or data.eval_path")
     display.phase("evaluation")
     with open_rewards(run, data) as rewards, _adapter(trained, base):
+        if rewards is None:
+            raise UserError("this run has no reward functions: give some, as in rewards.functions='[\"exact_answer\"]'")
         return evaluate(trained.engine, rewards, data.eval, run.eval, run.rollout)
 
 
@@ -101,7 +104,8 @@ def compare_run(path: Path, display: Display, *, count: int, temperature: float,
     models = {name: partial(LlamaModel, file) for name, file in files.items() if file is not None}
     prompts = (prepared.data.eval or prepared.data.train)[:count]
     with open_rewards(run, prepared.data) as rewards:
-        return compare(models, prompts, rewards.score, sampling, seed, lambda done, total, name: display.part(done, total)), rewards.names
+        judge = LoggedRewards(()) if rewards is None else rewards
+        return compare(models, prompts, judge.score, sampling, seed, lambda done, total, name: display.part(done, total)), tuple(judge.names)
 
 
 def _newest(folder: Path, what: str, checkpoint: Path) -> Path | None:

@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from localrl.algorithms import ALGORITHMS
 from localrl.algorithms.base import Algorithm
 from localrl.batch import Prompt, Rollout
+from localrl.engines import Engine
 from localrl.evaluate import completion_rows, evaluate
 from localrl.folder import RunFolder, read_lines, verify_checkpoint
 from localrl.health import Health
+from localrl.rewards import Rewards
 from localrl.settings import UserError
 from localrl.train import Session
 
@@ -33,12 +37,21 @@ class Display(Protocol):
     def step(self, step: int, steps: int, metrics: dict[str, float]) -> None: ...
 
 
+@dataclass(frozen=True)
+class Exam:
+    """Held-out evaluation: who samples, who scores, and the prompts. (In training, others may do both.)"""
+
+    engine: Engine
+    rewards: Rewards
+    prompts: Sequence[Prompt]
+
+
 class Recorder:
     """Watches the loop (`localrl.train.Watch`) on behalf of the run folder, and passes on what a person may want to see."""
 
-    def __init__(self, session: Session, folder: RunFolder, held_out: Sequence[Prompt], display: Display) -> None:
-        self.session, self.folder, self.held_out, self.display = session, folder, list(held_out), display
-        self.health = Health(session.rewards.names)
+    def __init__(self, session: Session, folder: RunFolder, exam: Exam | None, display: Display) -> None:
+        self.session, self.folder, self.exam, self.display = session, folder, exam, display
+        self.health = Health(session.rewards.names, session.algorithm, read_lines(folder.path / "metrics.jsonl"))
         self._last_beat = 0.0
 
     def phase(self, name: str) -> None:
@@ -47,7 +60,7 @@ class Recorder:
         if time.time() - self._last_beat > HEARTBEAT:
             self.beat("running")
 
-    def step(self, step: int, metrics: dict[str, float], rollouts: list[Rollout]) -> None:
+    def step(self, step: int, metrics: dict[str, float], rollouts: list[Rollout], token_weights: Tensor | None) -> None:
         """A step is done: write it down and look at it."""
         run, rewards = self.session.run, self.session.rewards
         report = rewards.report()
@@ -56,7 +69,7 @@ class Recorder:
             self.display.say(text)
         self.folder.append("metrics.jsonl", {**metrics, "timestamp": time.time()})
         if run.log.completions:
-            self.folder.write_completions(step, completion_rows(rollouts, rewards.names, rewards.weights))
+            self.folder.write_completions(step, completion_rows(rollouts, rewards.names, rewards.weights, token_weights))
         self.display.step(step, run.steps, metrics)
 
     def rest(self, step: int) -> None:
@@ -71,14 +84,15 @@ class Recorder:
         """Before the first step, after the last, and every so often; not if it was done before the run was stopped."""
         run = self.session.run
         due = step in (0, run.steps) or (run.eval.every > 0 and step % run.eval.every == 0)
-        asked = due and run.eval.limit > 0 and bool(self.held_out)
+        asked = due and run.eval.limit > 0 and self.exam is not None
         return asked and all(row["step"] != step for row in read_lines(self.folder.path / "evaluations.jsonl"))
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Held-out rewards now; one line in evaluations.jsonl."""
-        run, rewards = self.session.run, self.session.rewards
+        assert self.exam is not None
+        run, rewards = self.session.run, self.exam.rewards
         self.display.phase("evaluation")
-        result = evaluate(self.session.engine, rewards, self.held_out, run.eval, run.rollout)
+        result = evaluate(self.exam.engine, rewards, self.exam.prompts, run.eval, run.rollout)
         report = rewards.report()
         for text in report.messages:
             self.display.say(text)

@@ -16,9 +16,10 @@ from transformers import AutoConfig
 
 from localrl.algorithms.base import Algorithm
 from localrl.batch import Request, collate
-from localrl.buffer import PromptStream, RolloutBuffer
+from localrl.buffer import Log, make_buffer, read_log, without_log_columns
 from localrl.config import Run, preset_model_config
 from localrl.data import DataSettings, PromptData, load_prompts
+from localrl.engines import Engine
 from localrl.engines.torch import TorchEngine
 from localrl.evaluate import EVAL_VERSION
 from localrl.export import check_exportable
@@ -28,13 +29,13 @@ from localrl.memory.plan import MemoryPlan, make_plan
 from localrl.memory.shape import ModelShape
 from localrl.policy.load import load_tokenizer, model_path, pick_device, pick_dtype
 from localrl.policy.policy import Policy
-from localrl.record import Display, Recorder, read_trainer, restore_rng
-from localrl.rewards import Rewards
+from localrl.record import Display, Exam, Recorder, read_trainer, restore_rng
+from localrl.rewards import LoggedRewards, Rewards, Scores
 from localrl.settings import UserError
 from localrl.train import Session, train
 
 CALIBRATION_GROUPS, CALIBRATION_SAMPLES = 32, 4
-REWARD_LOG = "rewards.log"
+REWARD_LOG, SEARCH_LOG = "rewards.log", "search.log"
 DEMO_DATA = Path(__file__).parent / "demo" / "data"
 
 
@@ -46,6 +47,23 @@ class Prepared:
     plan: MemoryPlan
     tokenizer: Any
     data: PromptData
+    log: Log | None = None
+    """What is learned from instead of own samples."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """A session and what belongs to it but not to the loop."""
+
+    session: Session
+    own: TorchEngine
+    """Samples from the learning weights: in training if nobody else does, and in evaluation."""
+    judges: Rewards | None
+    """The reward functions; None: there are none, a log brings its rewards."""
+
+    def exam(self, data: PromptData) -> Exam | None:
+        """Held-out evaluation, if there is anything to evaluate with."""
+        return Exam(self.own, self.judges, data.eval) if self.judges is not None and data.eval else None
 
 
 def anchor(run: Run, base: Path) -> Run:
@@ -105,6 +123,8 @@ def _plan(run: Run, device: Literal["cuda", "cpu"], compute_bytes: int) -> Memor
         gradient_checkpointing=run.memory.gradient_checkpointing,
         micro_batch_tokens=run.memory.micro_batch_tokens,
         concurrent=run.rollout.concurrent,
+        gradients=len(run.algorithm.directions([spec.weight for spec in run.rewards.functions])),
+        directions=None if run.memory.directions == "auto" else run.memory.directions,
         head_chunk=run.memory.head_chunk,
         reference="ref" in run.algorithm.reads_before | run.algorithm.reads_during,
         device=device,
@@ -137,7 +157,12 @@ def prepare(run: Run, say: Callable[[str], None]) -> Prepared:
         say(note)
     if len(data.train) < run.rollout.prompts_per_step:
         say(f"{len(data.train)} training prompts for rollout.prompts_per_step={run.rollout.prompts_per_step}: prompts will repeat within a step")
-    return Prepared(run, plan, tokenizer, data)
+    if not run.data.from_log:
+        return Prepared(run, plan, tokenizer, data)
+    log = read_log(data.train, tokenizer, tokenizer.eos_token_id, run.rollout.max_completion_length)
+    for note in log.notes:
+        say(note)
+    return Prepared(run, plan, tokenizer, without_log_columns(data), log)
 
 
 def check_run(run: Run, say: Callable[[str], None]) -> Prepared:
@@ -150,33 +175,58 @@ def check_run(run: Run, say: Callable[[str], None]) -> Prepared:
 
 
 @contextmanager
-def open_rewards(run: Run, data: PromptData, log: Path | None = None) -> Iterator[Rewards]:
-    """The reward workers, up and checked against the data's columns. What the functions print goes to `log`, or to our stderr."""
+def open_rewards(run: Run, data: PromptData, log: Path | None = None) -> Iterator[Rewards | None]:
+    """The reward workers, up and checked against the data's columns. What the functions print goes to `log`, or to our stderr.
+
+    None: a run from a log may have none."""
+    if not run.rewards.functions:
+        yield None
+        return
     with Rewards(run.rewards, Path.cwd(), log) as rewards:
         rewards.check_columns(set(data.columns))
         yield rewards
 
 
-def assemble(prepared: Prepared, rewards: Rewards, algorithm: Algorithm | None = None, progress: Callable[[int, int], None] | None = None) -> Session:
-    """Load the model and put a session together. `progress` hears how many of a wave's sequences are done."""
+@contextmanager
+def assemble(prepared: Prepared, judges: Rewards | None, display: Display, algorithm: Algorithm | None = None, log: Path | None = None) -> Iterator[Room]:
+    """Load the model and put a session together; on leaving, whatever samples elsewhere is ended. The display hears how far a wave is."""
     run, plan = prepared.run, prepared.plan
-    algorithm = algorithm or run.algorithm
+    algorithm = (algorithm or run.algorithm).for_sampler(exact=run.own_samples)
+    rewards: Scores
+    if prepared.log is not None:
+        rewards = LoggedRewards(prepared.log.names)
+    else:
+        assert judges is not None
+        rewards = judges
     policy = Policy.create(
-        run, critic="value" in algorithm.reads_before | algorithm.reads_during,
-        checkpointing=plan.gradient_checkpointing, head_chunk=plan.head_chunk,
+        run, critic="value" in algorithm.reads_before | algorithm.reads_during, checkpointing=plan.gradient_checkpointing, head_chunk=plan.head_chunk,
+        directions=algorithm.directions(rewards.weights), kept_as=plan.directions,
     )  # fmt: skip
     sampling = run.rollout.model_copy(update={"concurrent": plan.concurrent})
-    engine = TorchEngine(policy.model, policy.tokenizer, sampling, run.seed, progress)
-    stream = PromptStream(prepared.data.train, run.seed, run.data.shuffle)
-    buffer = RolloutBuffer(stream, run.rollout.prompts_per_step, run.rollout.num_generations)
-    return Session(run, algorithm, policy, engine, buffer, rewards, plan)
+    own = TorchEngine(policy.model, policy.tokenizer, sampling, run.seed, display.part)
+    engine: Engine = own
+    if run.search.processes:
+        from localrl.engines.searchers import Searchers
+
+        reference = "ref" in algorithm.reads_before
+        engine = Searchers(run, concurrent=plan.concurrent, with_reference=reference, say=display.say, progress=display.part, log=log)
+    logged = None if prepared.log is None else prepared.log.rollouts
+    buffer = make_buffer(
+        run, prepared.data.train, weights=rewards.weights, reward_names=rewards.names, group_size=algorithm.group_size, log=logged
+    )
+    try:
+        yield Room(Session(run, algorithm, policy, engine, buffer, rewards, plan), own, judges)
+    finally:
+        engine.close()
 
 
-def calibrate(session: Session, prepared: Prepared) -> Algorithm:
+def calibrate(room: Room, prepared: Prepared) -> Algorithm:
     """What the algorithm wants to know of the untrained policy: some groups of training prompts, sampled and read once."""
+    session = room.session
     prompts = prepared.data.train[:CALIBRATION_GROUPS]
     requests = [Request(prompt, sample) for prompt in prompts for sample in range(CALIBRATION_SAMPLES)]
-    rollouts = session.engine.generate(requests, EVAL_VERSION - 1)
+    whole = session.run.rollout.model_copy(update={"window": None, "concurrent": session.plan.concurrent})
+    rollouts = room.own.generate(requests, EVAL_VERSION - 1, settings=whole)
     batch = collate(rollouts, (), session.run.rollout.max_completion_length).to(session.policy.device)
     readout = session.policy.read_whole(batch, session.algorithm.calibrates, session.plan.split(batch.sequence_length))
     return session.algorithm.calibrate(batch, readout)
@@ -201,17 +251,18 @@ def train_run(run: Run, display: Display) -> Path:
 
 
 def _start(run: Run, prepared: Prepared, folder: RunFolder, display: Display) -> Path:
-    with open_rewards(run, prepared.data, folder.path / REWARD_LOG) as rewards:
+    with open_rewards(run, prepared.data, folder.path / REWARD_LOG) as judges:
         display.phase("load")
-        session = assemble(prepared, rewards, progress=display.part)
-        write_whole(folder.path / "plan.json", prepared.plan.to_json())
-        display.say(f"run folder: {folder.path}")
-        if session.algorithm.calibrates:
-            display.phase("calibration")
-            session = replace(session, algorithm=calibrate(session, prepared))
-            changed = {k: v for k, v in session.algorithm.model_dump().items() if v != getattr(run.algorithm, k)}
-            display.say("measured on the untrained model: " + ", ".join(f"algorithm.{k} = {v:.3g}" for k, v in changed.items()))
-        return _go(session, folder, prepared, display)
+        with assemble(prepared, judges, display, log=folder.path / SEARCH_LOG) as room:
+            write_whole(folder.path / "plan.json", prepared.plan.to_json())
+            display.say(f"run folder: {folder.path}")
+            if room.session.algorithm.calibrates:
+                display.phase("calibration")
+                before, measured = room.session.algorithm.model_dump(), calibrate(room, prepared)
+                room = replace(room, session=replace(room.session, algorithm=measured))
+                changed = {k: v for k, v in measured.model_dump().items() if v != before[k]}
+                display.say("measured on the untrained model: " + ", ".join(f"algorithm.{k} = {v:.3g}" for k, v in changed.items()))
+            return _go(room, folder, prepared, display)
 
 
 def resume_run(path: Path, display: Display, steps: int | None = None) -> Path:
@@ -230,22 +281,23 @@ def resume_run(path: Path, display: Display, steps: int | None = None) -> Path:
     folder = RunFolder.reopen(path)
     try:
         prepared = prepare(run, display.say)
-        with open_rewards(run, prepared.data, path / REWARD_LOG) as rewards:
+        with open_rewards(run, prepared.data, path / REWARD_LOG) as judges:
             display.phase("load")
-            session = assemble(prepared, rewards, algorithm, display.part)
-            session.policy.load(checkpoint)
-            write_whole(path / "run.toml", run.dump())              # its new length, for the next time it is resumed
-            session.buffer.restore(buffer)
-            restore_rng(checkpoint)
-            folder.rewind(step)
-            display.say(f"resumed {path} after step {step}")
-            return _go(session, folder, prepared, display)
+            with assemble(prepared, judges, display, algorithm, path / SEARCH_LOG) as room:
+                room.session.policy.load(checkpoint)
+                write_whole(path / "run.toml", run.dump())          # its new length, for the next time it is resumed
+                room.session.buffer.restore(buffer)
+                restore_rng(checkpoint)
+                folder.rewind(step)
+                display.say(f"resumed {path} after step {step}")
+                return _go(room, folder, prepared, display)
     finally:
         folder.close()
 
 
-def _go(session: Session, folder: RunFolder, prepared: Prepared, display: Display) -> Path:
-    recorder = Recorder(session, folder, prepared.data.eval, display)
+def _go(room: Room, folder: RunFolder, prepared: Prepared, display: Display) -> Path:
+    session = room.session
+    recorder = Recorder(session, folder, room.exam(prepared.data), display)
     try:
         with Interrupts() as interrupts:
             recorder.beat("running")

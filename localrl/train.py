@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -10,14 +10,14 @@ from torch import Tensor
 from localrl.algebra import token_mean
 from localrl.algorithms.base import Algorithm
 from localrl.batch import Batch, Readout, Rollout, collate, rows_of
-from localrl.buffer import RolloutBuffer
+from localrl.buffer import Buffer
 from localrl.config import Run
 from localrl.engines import Engine
 from localrl.interrupt import Interrupts
 from localrl.memory.plan import MemoryPlan
-from localrl.metrics import Clock, Metrics, describe
+from localrl.metrics import Clock, Metrics, describe, mismatch, mismatch_sums
 from localrl.policy.policy import Policy
-from localrl.rewards import Rewards
+from localrl.rewards import Scores
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Session:
     algorithm: Algorithm
     policy: Policy
     engine: Engine
-    buffer: RolloutBuffer
-    rewards: Rewards
+    buffer: Buffer
+    rewards: Scores
     plan: MemoryPlan
 
 
@@ -37,7 +37,7 @@ class Watch(Protocol):
     """Who looks on: the run folder and the progress display. Nothing it does may change a number."""
 
     def phase(self, name: str) -> None: ...
-    def step(self, step: int, metrics: Metrics, rollouts: list[Rollout]) -> None: ...
+    def step(self, step: int, metrics: Metrics, rollouts: list[Rollout], token_weights: Tensor | None) -> None: ...
     def rest(self, step: int) -> None: ...
 
 
@@ -45,29 +45,25 @@ def train(session: Session, watch: Watch, interrupts: Interrupts) -> None:
     """From the policy's step to the run's last one. After an interrupt the session stands as it did before the step that was cut."""
     policy, buffer = session.policy, session.buffer
     for step in range(policy.step, session.run.steps):
-        clock, position = Clock(watch.phase, policy.device), buffer.state()
+        clock, before = Clock(watch.phase, policy.device), buffer.snapshot()
         try:
-            metrics, rollouts = one_step(session, step, clock, interrupts)
+            done = one_step(session, step, clock, interrupts)
         except BaseException:
             if not interrupts.held:                              # cut before its update: as if it had never begun
                 policy.drop_gradients()
-                buffer.restore(position)
+                buffer.rollback(before)
             raise
-        watch.step(policy.step, metrics, rollouts)
+        watch.step(policy.step, *done)
         interrupts.release()
         watch.rest(policy.step)                                  # evaluation and checkpoint
 
 
-def one_step(session: Session, step: int, clock: Clock, interrupts: Interrupts) -> tuple[Metrics, list[Rollout]]:
+def one_step(session: Session, step: int, clock: Clock, interrupts: Interrupts) -> tuple[Metrics, list[Rollout], Tensor | None]:
     """Sample, score, give credit, update."""
-    run, algorithm, policy, plan = session.run, session.algorithm, session.policy, session.plan
-    with clock("rollout"):
-        rollouts = session.engine.generate(session.buffer.requests(), step)
-    with clock("rewards"):
-        session.buffer.add(session.rewards.score(rollouts))
-    rollouts = session.buffer.draw()
-    batch = collate(rollouts, session.rewards.weights, run.rollout.max_completion_length).to(policy.device)
-    parts = plan.split(batch.sequence_length)
+    run, algorithm, policy = session.run, session.algorithm, session.policy
+    rollouts = gather(session, step, clock)
+    batch = collate(rollouts, session.rewards.weights, run.rollout.max_completion_length, step).to(policy.device)
+    parts = session.plan.split(batch.sequence_length)
     before = algorithm.reads_before | (frozenset({"logp"}) if run.optim.num_iterations > 1 else frozenset())
     with clock("scoring"):
         readout = policy.read_whole(batch, before, parts) if before else Readout()
@@ -75,26 +71,76 @@ def one_step(session: Session, step: int, clock: Clock, interrupts: Interrupts) 
     stats: Metrics = {}
     for _ in range(run.optim.num_iterations):
         with clock("learn"):
-            stats = accumulate(algorithm, policy, batch, credit, parts)
+            stats, rate = learn(session, batch, credit, parts)
         interrupts.hold()
         with clock("update"):
-            stats |= policy.update()
+            stats |= policy.update(rate)
     policy.step = step + 1
-    return {"step": policy.step, **describe(batch, session.rewards.names), **stats, **algorithm.observe(batch, credit), **clock.report(batch)}, rollouts
+    if readout.logp is not None:
+        stats |= mismatch(batch, readout.logp)
+    sampling = session.engine.metrics()
+    stats |= describe(batch, session.rewards.names) | sampling | session.buffer.metrics()
+    return {"step": policy.step, **stats, **algorithm.observe(batch, credit), **clock.report(batch, sampling)}, rollouts, algorithm.token_weights(credit)
+
+
+def gather(session: Session, step: int, clock: Clock) -> list[Rollout]:
+    """Ask for rollouts and score them until the buffer has a step together. A buffer that needs nothing asks for nothing."""
+    engine, buffer = session.engine, session.buffer
+    with clock("rollout"):
+        engine.follow(session.policy.save_adapter, step)
+    while True:
+        with clock("rollout"):
+            rollouts = engine.generate(buffer.requests(step), step)
+        with clock("rewards"):
+            rollouts = session.rewards.score(rollouts)
+        if session.run.replay.capacity and "ref" in session.algorithm.reads_before:
+            with clock("reference"):
+                rollouts = with_reference(session, rollouts)
+        buffer.add(rollouts)
+        if buffer.ready:
+            return buffer.draw(step)
+
+
+def with_reference(session: Session, rollouts: list[Rollout]) -> list[Rollout]:
+    """Rollouts that are kept carry their reference's log-probabilities: read once, used as often as they are drawn."""
+    todo = [rollout for rollout in rollouts if rollout.ref is None]
+    if not todo:
+        return rollouts
+    batch = collate(todo, session.rewards.weights, session.run.rollout.max_completion_length).to(session.policy.device)
+    ref = session.policy.read_whole(batch, {"ref"}, session.plan.split(batch.sequence_length)).ref
+    assert ref is not None
+    read = iter(ref.tolist())
+    return [r if r.ref is not None else replace(r, ref=tuple(next(read)[: len(r.tokens)])) for r in rollouts]
+
+
+def learn(session: Session, batch: Batch, credit: Any, parts: list[Tensor]) -> tuple[Metrics, float]:
+    """Gradients of the whole step, and the factor on its learning rate. Where directions are kept apart, the algorithm says how they add up."""
+    algorithm, policy, weights = session.algorithm, session.policy, session.rewards.weights
+    stats = accumulate(algorithm, policy, batch, credit, parts)
+    if policy.directions is None:
+        return stats, 1.0
+    steering = algorithm.steer(policy.directions.gram(), weights, list(policy.past))
+    stats |= policy.turn(steering.weights, steering.stats)
+    if policy.directions.passes == 2:
+        accumulate(algorithm, policy, batch, credit, parts)
+    return stats, steering.rate
 
 
 def accumulate(algorithm: Algorithm, policy: Policy, batch: Batch, credit: Any, parts: list[Tensor]) -> Metrics:
     """Gradients of the whole step, micro-batch by micro-batch. Losses are sums, so the split does not matter."""
     stats: dict[str, Tensor] = {}
-    weight = token_mean(batch.mask)
+    weight = token_mean(batch.fresh)
     for rows in parts:
         part = batch[rows]
         width = part.tokens.shape[1]
         readout = policy.read(part, algorithm.reads_during | {"entropy"})
         loss = algorithm.loss(part, readout, rows_of(credit, rows, width))
-        loss.value.backward()
+        policy.backward(loss)
         assert readout.entropy is not None
-        entropy = (weight[rows, :width] * readout.entropy.detach()).sum()
-        for name, value in {"loss": loss.value.detach(), "entropy": entropy, **loss.stats}.items():
+        share = weight[rows, :width]
+        seen = {"loss": loss.value.detach(), "entropy": (share * readout.entropy.detach()).sum(), **loss.stats}
+        if readout.logp is not None:
+            seen |= mismatch_sums(part, readout.logp.detach(), share)
+        for name, value in seen.items():
             stats[name] = stats[name] + value if name in stats else value
     return {name: value.item() for name, value in stats.items()}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from localrl.algorithms.grpo import GRPO
 from localrl.config import load_run
 from localrl.health import PATIENCE, Health
 from localrl.settings import UserError
@@ -25,19 +26,19 @@ FINE = {"step": 1.0, "entropy": 0.5, "frac_reward_zero_std": 0.1, "grad_norm": 1
     ],
 )
 def test_a_finding_comes_when_it_is_sure_and_only_once(wrong: dict[str, float], word: str, steps: int) -> None:
-    health = Health(["a"])
+    health = Health(["a"], GRPO())
     said = [health.look(FINE | wrong) for _ in range(3 * PATIENCE)]
     assert [bool(s) for s in said].index(True) == steps - 1
     assert sum(word in text for s in said for text in s) == 1
 
 
 def test_a_healthy_run_hears_nothing() -> None:
-    health = Health(["a"])
+    health = Health(["a"], GRPO())
     assert not [text for _ in range(20) for text in health.look(FINE)]
 
 
 def test_entropy_collapse_is_measured_against_the_start() -> None:
-    health = Health(["a"])
+    health = Health(["a"], GRPO())
     assert not health.look(FINE)
     said = [text for _ in range(PATIENCE) for text in health.look(FINE | {"entropy": 0.01})]
     assert len(said) == 1

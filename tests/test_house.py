@@ -16,9 +16,9 @@ ROOT = Path(__file__).parent.parent / "localrl"
 FLOORS = [
     {"__init__", "settings", "quiet", "interrupt"},
     {"batch", "algebra"},
-    {"algorithms", "rewards", "data", "buffer"},
+    {"algorithms", "rewards", "data"},
     {"config"},
-    {"folder", "memory", "metrics", "health", "evaluate"},
+    {"folder", "memory", "metrics", "health", "evaluate", "buffer"},
     {"policy", "engines", "export"},
     {"train", "chat", "doctor", "display", "plots"},
     {"record", "talk"},

@@ -176,6 +176,15 @@ def test_a_run_leaves_what_it_promises(home: Path, make_model: Callable[..., Pat
     assert "in use" in capsys.readouterr().err
 
 
+class Silent:
+    """A display that shows nothing."""
+
+    def say(self, text: str) -> None: ...
+    def phase(self, name: str) -> None: ...
+    def part(self, done: int, total: int) -> None: ...
+    def step(self, *_: object) -> None: ...
+
+
 def test_training_never_touches_the_base(home: Path, make_model: Callable[..., Path]) -> None:
     class Nobody:
         def phase(self, name: str) -> None: ...
@@ -184,8 +193,8 @@ def test_training_never_touches_the_base(home: Path, make_model: Callable[..., P
 
     run = anchor(load_run("demo", None, settings(make_model("llama"), **{"steps": 2, "algorithm.name": "grpo"})), home)
     prepared = prepare(run, print)
-    with open_rewards(run, prepared.data) as rewards:
-        session = assemble(prepared, rewards)
+    with open_rewards(run, prepared.data) as rewards, assemble(prepared, rewards, Silent()) as room:
+        session = room.session
         before = hash_of_base(session.policy)
         adapters = {n: p.detach().clone() for n, p in session.policy.trainable()}
         with Interrupts() as interrupts:

@@ -67,6 +67,8 @@ class DataSettings(Settings):
     """Put in front of every prompt as a system message; a text prompt becomes a chat. A chat that has a system message keeps its own."""
     chat_template_kwargs: dict[str, Any] = Field(default={})
     """Passed on to the chat template, for instance { enable_thinking = false }."""
+    from_log: bool = False
+    """The file holds responses and rewards too (columns `response` or `completion`, and `rewards` or `reward`): learn from them, sample nothing."""
     holdout: int = Field(default=64, ge=0)
     """Prompts kept for evaluation when there is no eval_path; never more than a quarter of the data."""
     max_prompt_length: int = Field(default=512, ge=1)
@@ -119,13 +121,16 @@ def load_prompts(
         held, more = _prompts(other, settings, tokenizer, EVAL_ID, notes, progress)
         columns = tuple(dict.fromkeys(columns + more))
     else:
-        size = min(settings.holdout, len(prompts) // 4)
+        own = [prompt.tokens if settings.from_log else prompt.id for prompt in prompts]    # a log has several responses to one prompt
+        distinct = [*dict.fromkeys(own)]
+        size = min(settings.holdout, len(distinct) // 4)
         if size < settings.holdout:
-            notes.append(f"{size} of {len(prompts)} prompts are held out for evaluation, not data.holdout = {settings.holdout}: "
+            notes.append(f"{size} of {len(distinct)} prompts are held out for evaluation, not data.holdout = {settings.holdout}: "
                          "at most a quarter of the data")
-        chosen = {*chance.sample(range(len(prompts)), size)}
-        held = [prompt for at, prompt in enumerate(prompts) if at in chosen]
-        prompts = [prompt for at, prompt in enumerate(prompts) if at not in chosen]
+        chosen = {distinct[at] for at in chance.sample(range(len(distinct)), size)}
+        first = {key: prompt for key, prompt in zip(reversed(own), reversed(prompts), strict=True) if key in chosen}
+        held = sorted(first.values(), key=lambda prompt: prompt.id)
+        prompts = [prompt for key, prompt in zip(own, prompts, strict=True) if key not in chosen]
     if len(prompts) < needed:
         raise UserError(f"{table.source} leaves {len(prompts)} prompts to train on, but a step needs {needed}: "
                         "add data, or lower data.holdout or the number of prompts a step")

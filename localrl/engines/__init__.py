@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -17,11 +18,19 @@ class Engine(Protocol):
     """Samples come from the very weights that learn."""
 
     def generate(self, requests: list[Request], version: int, *, settings: RolloutSettings | None = None) -> list[Rollout]:
-        """One rollout for each request, in whole groups. `version` is the policy's step, and part of the random stream's name.
+        """Rollouts, in whole groups: one for each request, or, where sampling goes on elsewhere, those that are ready by now.
 
-        `settings`: other sampling settings for this call (evaluation)."""
+        `version` is the policy's step, and part of the random stream's name. `settings`: other sampling settings for this call."""
         ...
 
-    def load(self, adapter: Path | None, version: int) -> None:
-        """Sample from this adapter from now on (None: from the base)."""
+    def follow(self, save_adapter: Callable[[Path], None], version: int) -> None:
+        """The policy has been updated `version` times: sample from it as it is now. An engine that shares its weights has nothing to do."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """What the last calls of `generate` did: `rollout/...`."""
+        ...
+
+    def close(self) -> None:
+        """Let go of processes and memory."""
         ...

@@ -143,7 +143,9 @@ class Decoder:
     def step(self, tokens: Tensor, cache: Cache) -> Tensor:
         """One token more for every row. (n,) int64 -> logits of the next (n, V) float32."""
         cache.advance()
-        return self.head(self.norm(self._layers(self.embed(tokens).to(self.dtype), cache.position, cache.attend)))
+        # Rows past their own end run on, wasted, beside rows with more left to write: their place may lie beyond every real one.
+        positions = cache.position.clamp(max=len(self.turn[0]) - 1)
+        return self.head(self.norm(self._layers(self.embed(tokens).to(self.dtype), positions, cache.attend)))
 
     def _layers(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """(n, H) at `positions` (n,) -> (n, H) before the last norm."""

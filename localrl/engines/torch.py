@@ -62,8 +62,10 @@ class Stats:
     """Kept: none past an end."""
     steps: int
     """Forward passes of one token a row."""
+    rows: int
+    """In all those passes together."""
     alive: float
-    """Of the rows in those passes, the share that was not done yet."""
+    """Of these, the share that was not done yet."""
     seconds: float
 
 
@@ -80,10 +82,22 @@ class TorchEngine:
         self, model: Any, tokenizer: Any, settings: RolloutSettings, seed: int, progress: Callable[[int, int], None] | None = None
     ) -> None:
         self.model, self.tokenizer, self.settings, self.seed, self.progress = model, tokenizer, settings, seed, progress
-        self.stats = Stats(0, 0, 0, 0.0, 0.0)
+        self.stats = Stats(0, 0, 0, 0, 0.0, 0.0)
+        self._calls: list[Stats] = []
 
-    def load(self, adapter: Path | None, version: int) -> None:
-        """Nothing to do: the weights are live."""
+    def follow(self, save_adapter: Callable[[Path], None], version: int) -> None:
+        """A new step begins. The weights are live: there is nothing to fetch."""
+        self._calls.clear()
+
+    def metrics(self) -> dict[str, float]:
+        """Of the step so far: `rollout/tokens` written, `rollout/passes` of one token a row, and `rollout/idle_share`: of the rows in those passes,
+        the share whose response was over already."""
+        rows = sum(call.rows for call in self._calls)
+        metrics = {"rollout/tokens": float(sum(call.generated_tokens for call in self._calls)), "rollout/passes": float(sum(c.steps for c in self._calls))}
+        return {**metrics, "rollout/idle_share": 1 - sum(call.alive * call.rows for call in self._calls) / rows} if rows else metrics
+
+    def close(self) -> None:
+        """Nothing to let go of."""
 
     def generate(self, requests: list[Request], version: int, *, settings: RolloutSettings | None = None) -> list[Rollout]:
         """One rollout for each request, in their order. `settings`: others for this call.
@@ -98,7 +112,10 @@ class TorchEngine:
         with torch.no_grad():
             call.run(settings.concurrent or self.settings.concurrent or len(requests))
         rollouts = call.rollouts()
-        self.stats = Stats(call.prefilled, call.generated, call.steps, call.useful / max(1, call.computed), time.perf_counter() - start)
+        self.stats = Stats(
+            call.prefilled, call.generated, call.steps, call.computed, call.useful / max(1, call.computed), time.perf_counter() - start
+        )  # fmt: skip
+        self._calls.append(self.stats)
         return rollouts
 
 
@@ -108,7 +125,8 @@ class _Call:
     def __init__(self, engine: TorchEngine, requests: Sequence[Request], version: int, settings: RolloutSettings) -> None:
         self.engine, self.requests, self.version, self.settings = engine, requests, version, settings
         self.contexts = [(*r.prompt.tokens, *r.so_far) for r in requests]
-        self.limits = [settings.max_completion_length - len(r.so_far) for r in requests]
+        self.left = [settings.max_completion_length - len(r.so_far) for r in requests]
+        self.limits = [min(left, settings.window or left) for left in self.left]
         for request, context in zip(requests, self.contexts, strict=True):
             if not context:
                 raise UserError(f"prompt {request.prompt.id} has no tokens: a response needs at least one to follow")
@@ -189,9 +207,9 @@ class _Call:
         tokens = [(*request.so_far, *new.tokens) for request, new in zip(self.requests, found, strict=True)]
         texts = self.engine.tokenizer.batch_decode(tokens, skip_special_tokens=True) if tokens else []
         rollouts = []
-        for request, row, text, new in zip(self.requests, tokens, texts, found, strict=True):
+        for request, row, text, new, left in zip(self.requests, tokens, texts, found, self.left, strict=True):
             if not math.isfinite(sum(new.logp)):
                 raise UserError(f"logits are not finite (prompt {request.prompt.id}): the weights have diverged, lower optim.learning_rate")
             logp = (*[math.nan] * len(request.so_far), *new.logp)                # an earlier call knows those of so_far
-            rollouts.append(Rollout(request, row, text, new.done, self.version, logp))
+            rollouts.append(Rollout(request, row, text, new.done, self.version, logp, more=not new.done and len(new.tokens) < left))
         return rollouts

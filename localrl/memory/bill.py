@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from localrl.memory import activations
 from localrl.memory.rolling import rollout_lasting, rollout_passing
 from localrl.memory.shape import ModelShape
-from localrl.memory.work import PHASES, Choice, Need, Phase, Work, adapter_count, micro_batch, scratch_weight
+from localrl.memory.work import PHASES, SKETCH, Choice, DirectionKind, Need, Phase, Work, adapter_count, micro_batch, scratch_weight
 
 MARGIN = 0.04
 """Of everything counted: what the caching allocator loses to fragmentation."""
@@ -17,12 +17,16 @@ HEAP = 4.0
 """On a CPU: what glibc's heap keeps beyond the live bytes of short-lived tensors, as a multiple of them (measured: 1.3 to 5.5)."""
 SMALL_STATE = 4096
 """bitsandbytes keeps 32-bit states for tensors smaller than this."""
+DIRECTION_BYTES: Mapping[DirectionKind, float] = {"float32": 4, "bfloat16": 2, "int8": 1 + 2 / 256, "two_pass": 4, "lagged": 4}
+"""Of one number."""
+WHOLE: tuple[DirectionKind, ...] = ("float32", "bfloat16", "int8")
+"""Kinds that keep every number of a gradient."""
 READING: tuple[Phase, ...] = ("scoring", "backward")
 
 
 def bill(shape: ModelShape, work: Work, choice: Choice) -> tuple[Need, ...]:
     """Every line, the margin last, one for each phase. The lines of a phase add up to its peak."""
-    lasting = [*_weights(shape, work), *rollout_lasting(shape, work, choice), _batch(work)]
+    lasting = [*_weights(shape, work), _directions(shape, work, choice), *rollout_lasting(shape, work, choice), _batch(work)]
     passing = [*rollout_passing(shape, work, choice), *_reading(shape, work, choice), _optimiser_scratch(shape, work)]
     items = [item for item in (*lasting, *passing) if item.bytes]
     if work.device == "cpu":
@@ -62,6 +66,12 @@ def _weights(shape: ModelShape, work: Work) -> list[Need]:
         Need("gradients (fp32)", 4 * count, ("backward", "optimiser")),
         Need("libraries' workspaces" if work.device == "cuda" else "Python and its libraries", LIBRARIES[work.device], PHASES),
     ]
+
+
+def _directions(shape: ModelShape, work: Work, choice: Choice) -> Need:
+    """Buffers of the gradients that are kept apart, while a step learns; of sketches also that of the last update."""
+    size, each = DIRECTION_BYTES[choice.directions], adapter_count(shape, work) if choice.directions in WHOLE else SKETCH
+    return Need(f"gradients of {work.gradients} directions ({choice.directions})", round(work.gradients * each * size), ("backward", "optimiser"))
 
 
 def _batch(work: Work) -> Need:

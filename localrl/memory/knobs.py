@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from localrl.memory import activations
+from localrl.memory.bill import bill, peaks
 from localrl.memory.cards import Card, gib
 from localrl.memory.shape import ModelShape
-from localrl.memory.work import Choice, Work
+from localrl.memory.work import Choice, DirectionKind, Work
 
 HEAD_CHUNK = 1024
 """Long enough that multiplying, not reading the output layer, is what a chunk costs."""
@@ -85,6 +86,17 @@ def _concurrent(card: Card, shape: ModelShape, work: Work, fits: Fits, settled: 
     return found, f"the largest wave that fits, {waves} of them a step"
 
 
+def _directions(card: Card, shape: ModelShape, work: Work, fits: Fits, settled: Mapping[str, Any]) -> Chosen:
+    """The most exact form whose cost is in proportion: whole numbers up to 3 % of the peak, 8 bits up to 10 %, else sketches."""
+    without = max(peaks(bill(shape, replace(work, gradients=0), Choice(**settled))).values())
+    limits: dict[DirectionKind, float] = {"float32": 0.03, "bfloat16": 0.05, "int8": 0.1}
+    for kind, share in limits.items():
+        more = max(peaks(bill(shape, work, Choice(**settled, directions=kind))).values()) / without - 1
+        if more <= share and fits("backward", directions=kind):
+            return kind, f"{work.gradients} gradients kept apart, {more:.1%} more at the peak"
+    return "lagged", f"{work.gradients} gradients kept apart would take {more:.0%} more at the peak: sketches do, with the last step's weights"
+
+
 def largest(low: int, high: int, good: Callable[[int], bool]) -> int:
     """The largest number from low to high that is good, if goodness ends somewhere and stays so; low if none is.
 
@@ -102,5 +114,6 @@ KNOBS: Mapping[str, Callable[[Card, ModelShape, Work, Fits, Mapping[str, Any]], 
     "gradient_checkpointing": _checkpointing,
     "micro_batch_tokens": _micro_batch,
     "concurrent": _concurrent,
+    "directions": _directions,
 }
 """In the order in which they are chosen, each knowing those before it."""

@@ -13,7 +13,7 @@ from localrl.memory.bill import bill, peaks
 from localrl.memory.cards import CARD_SHARE, CONTEXT, GIB, Card, Device, gib
 from localrl.memory.knobs import KNOBS, Knob, largest
 from localrl.memory.shape import ModelShape, Quantization
-from localrl.memory.work import PHASES, Choice, Need, Phase, Work
+from localrl.memory.work import PHASES, Choice, DirectionKind, Need, Phase, Work
 from localrl.settings import UserError
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ SETTING: Mapping[str, str] = {
     "micro_batch_tokens": "memory.micro_batch_tokens",
     "gradient_checkpointing": "memory.gradient_checkpointing",
     "head_chunk": "memory.head_chunk",
+    "directions": "memory.directions",
     "optimizer": "optim.optimizer",
     "quantization": "model.quantization",
     "max_completion_length": "rollout.max_completion_length",
@@ -86,6 +87,11 @@ class MemoryPlan:
     def head_chunk(self) -> int:
         """Tokens whose logits exist at a time."""
         return self.choice.head_chunk
+
+    @property
+    def directions(self) -> DirectionKind:
+        """How the gradients of several directions are kept."""
+        return self.choice.directions
 
     @property
     def worst(self) -> Phase:
@@ -196,17 +202,20 @@ def make_plan(
     unpacked: bool | None = None,
     fewest_generations: int = 1,
     truncated: bool = False,
+    gradients: int = 0,
+    directions: DirectionKind | None = None,
 ) -> MemoryPlan:
     """Choose every knob that is None, honour the others, and count. Never refuses: `MemoryPlan.check` does.
 
     `card_bytes`: bytes, "16GiB", "RTX 4080", or None for what this machine has free. `unpacked`: rollouts copy the linear layers
     (None: on a CPU). `fewest_generations`: samples of one prompt in the call that shares prompts least, an evaluation's; 1 is the safe
-    answer. `truncated`: top-p or top-k. UserError: an unknown card or adapter target, no CUDA device where one is asked for.
+    answer. `truncated`: top-p or top-k. `gradients`: how many are kept apart until the step is over.
+    UserError: an unknown card or adapter target, no CUDA device where one is asked for.
     """
     work = Work(
         quantization, compute_bytes, lora_r, lora_targets if isinstance(lora_targets, str) else tuple(lora_targets), critic, optimizer,
         prompts_per_step, num_generations, max_prompt_length, max_completion_length, reference, device,
-        device == "cpu" if unpacked is None else unpacked, min(fewest_generations, num_generations), truncated,
+        device == "cpu" if unpacked is None else unpacked, min(fewest_generations, num_generations), truncated, gradients,
     )  # fmt: skip
     shape.adapter_parts(lora_r, work.lora_targets)
     asked = {
@@ -214,6 +223,7 @@ def make_plan(
         "micro_batch_tokens": micro_batch_tokens,
         "gradient_checkpointing": gradient_checkpointing,
         "head_chunk": head_chunk,
+        "directions": directions,
     }
     return choose(Card.of(card_bytes, device), shape, work, asked)
 
@@ -223,10 +233,12 @@ def choose(card: Card, shape: ModelShape, work: Work, asked: Mapping[str, Any]) 
     least = Choice(1, work.longest, True, 256)
     knobs: list[Knob] = []
     for name, chooser in KNOBS.items():
+        if name == "directions" and not work.gradients:
+            continue
         settled = {knob.name: knob.value for knob in knobs}
 
         def fits(phase: Phase, settled: Mapping[str, Any] = settled, **values: Any) -> bool:
-            return peaks(bill(shape, work, replace(least, **settled, **values)))[phase] <= card.usable
+            return peaks(bill(shape, work, replace(least, **{**settled, **values})))[phase] <= card.usable
 
         value, reason = chooser(card, shape, work, fits, settled) if asked[name] is None else (asked[name], "as set")
         knobs.append(Knob(name, value, reason))

@@ -1,4 +1,4 @@
-"""What the memory plan speaks of: a line of the bill, the work asked for, and the four knobs."""
+"""What the memory plan speaks of: a line of the bill, the work asked for, and the knobs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,12 @@ from localrl.memory.shape import ModelShape, Quantization
 
 Phase = Literal["load", "rollout", "scoring", "backward", "optimiser"]
 PHASES: tuple[Phase, ...] = ("load", "rollout", "scoring", "backward", "optimiser")
+
+
+DirectionKind = Literal["float32", "bfloat16", "int8", "two_pass", "lagged"]
+"""Gradients of several directions: whole, in blocks of 8 bits with a scale each, or only as sketches."""
+SKETCH = 16_384
+"""Numbers of a gradient's sketch."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +30,7 @@ class Need:
 
 @dataclass(frozen=True)
 class Work:
-    """What is asked of the model: everything that decides the bill but the four knobs."""
+    """What is asked of the model: everything that decides the bill but the knobs."""
 
     quantization: Quantization
     compute_bytes: int
@@ -47,6 +53,8 @@ class Work:
     """Of one prompt, in the call of the engine that shares prompts least: an evaluation takes fewer than a step does."""
     truncated: bool
     """Sampling sorts (top-p, top-k)."""
+    gradients: int = 0
+    """Gradients of the adapter that are kept apart until the step is over; 0: the ordinary step."""
 
     @property
     def rollouts(self) -> int:
@@ -71,7 +79,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Choice:
-    """The four knobs."""
+    """The knobs."""
 
     concurrent: int
     """Sequences decoded at once."""
@@ -80,6 +88,8 @@ class Choice:
     gradient_checkpointing: bool
     head_chunk: int
     """Tokens whose logits exist at a time."""
+    directions: DirectionKind = "lagged"
+    """How the gradients of several directions are kept."""
 
 
 def micro_batch(work: Work, choice: Choice) -> int:

@@ -1,16 +1,23 @@
-"""The adapters' own step: one product instead of three, for float32.
+"""The adapters' own step: one autograd function instead of PEFT's three products, for every base and every type.
 
-PEFT computes base(x) + scaling * B(A(x)) with a copy of the input, an intermediate and two sums for every layer. Where activations are
-float32, W + scaling * B A in a scratch matrix says the same: a quantised base is de-quantised into one anyway, for every pass, and the fold
-costs r / tokens of the product. The scratch matrix dies with the call; the base and the adapter are read only. In half precision the fold
-would round small deltas away, so there PEFT's own forward stays.
+PEFT computes base(x) + scaling * B(A(x)) in float32 whatever the activations are: a float32 copy of the input, an intermediate and two sums
+for every layer, most of it kept for the backward pass. Here a layer keeps its input (one tensor, shared by all layers that read it) and,
+in half precision, the r-wide u = x A^T; everything else is formed again, used and dropped. That is all that a layer's backward pass can
+do with, so whoever recomputes or moves activations has nothing else to look after.
 
-The backward pass keeps the layer's input alone (shared by layers that read the same one) and forms dA, dB and dx from it.
+float32, where activations are float32: W + scaling * B A in a scratch matrix says the same in one product. A quantised base is
+de-quantised into one anyway, for every pass, and the fold costs r / tokens of the product. The base and the adapter are read only.
+
+Half precision, where the fold would round small deltas away: the base layer's own forward pass, as it rounds, plus scaling * (x A^T) B^T
+with A and B cast to the activations' type. Backward, dx is formed in that type, dA and dB are summed in float32.
+
+Several gradients at once: while a layer has a `collector`, its backward pass weighs the rows of the micro-batch once for each direction
+and hands the collector one dA and one dB a direction (see `localrl.policy.directions`).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,34 +26,67 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from localrl.engines.weights import adapters_of, base_of, compute_dtype, dequantised
+from localrl.policy.output_layer import multiplies_into_fp32
+
+
+class Collector(Protocol):
+    """Takes several gradients of one layer's adapter out of one backward pass."""
+
+    adapter: str
+    """The adapter whose gradients are wanted."""
+    coefficients: Tensor
+    """(rows of the micro-batch, D) float32."""
+
+    def take(self, da: Tensor, db: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """(D, r, in), (D, r, out) float32, its to keep or change -> what the ordinary gradients of A (r, in) and B (out, r) become."""
+        ...
+
+
+class Term(NamedTuple):
+    """The one adapter that a call of a layer adds."""
+
+    adapter: str
+    a: Tensor
+    """(r, in) float32."""
+    b: Tensor
+    """(out, r) float32."""
+    scaling: float
 
 
 def fold_adapters(model: nn.Module) -> int:
-    """Let every LoRA layer of a model that computes in float32 take the short way. Returns how many do.
+    """Let every plain LoRA layer of a model take the short way. Returns how many do.
 
     The layers keep their PEFT class as a base class: saving, loading and switching adapters are PEFT's.
     """
     count = 0
     for module in list(model.modules()):
-        if isinstance(module, LoraLayer) and not isinstance(module, Folding) and compute_dtype(module, torch.float32) == torch.float32:
+        if isinstance(module, LoraLayer) and not isinstance(module, Folding) and compute_dtype(module, torch.float32) and adapters_of(module) is not None:
             module.__class__ = type(f"Folded{type(module).__name__}", (Folding, type(module)), {})
             count += 1
     return count
 
 
 class Folding:
-    """Mixed into a PEFT LoRA layer: its forward pass as one product, if exactly one plain adapter is on."""
+    """Mixed into a PEFT LoRA layer: its own forward pass, if exactly one plain adapter is on; PEFT's otherwise."""
+
+    collector: Collector | None = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        terms = adapters_of(self)
-        if args or kwargs or x.dtype != torch.float32 or terms is None or len(terms) != 1:
-            out = super().forward(x, *args, **kwargs)  # type: ignore[misc]
-            assert isinstance(out, Tensor)
-            return out
-        a, b, scaling = terms[0]
-        out = _Folded.apply(x, a, b, scaling, self)
+        term = None if args or kwargs or not x.is_floating_point() or torch.is_autocast_enabled(x.device.type) else only_term(self)
+        kind = compute_dtype(self, x.dtype) if isinstance(self, nn.Module) else None
+        plain = term is not None and kind is not None
+        out = _Adapted.apply(x, term.a, term.b, term, kind, self) if plain else super().forward(x, *args, **kwargs)  # type: ignore[misc, union-attr]
         assert isinstance(out, Tensor)
         return out
+
+
+def only_term(layer: Any) -> Term | None:
+    """The one plain adapter without dropout that a call of this layer would add now; None: it would do something else."""
+    terms = adapters_of(layer)
+    if terms is None or len(terms) != 1:
+        return None
+    name = next(name for name in layer.active_adapters if name in layer.lora_A)
+    return Term(name, *terms[0]) if isinstance(layer.lora_dropout[name], nn.Identity) else None
 
 
 def folded(layer: Any, a: Tensor, b: Tensor, scaling: float) -> Tensor:
@@ -57,19 +97,76 @@ def folded(layer: Any, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     return weight.addmm_(b, a, alpha=scaling)
 
 
-class _Folded(torch.autograd.Function):
+def low_rank_gradients(v: Tensor, x: Tensor, u: Tensor, dy: Tensor, coefficients: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The gradients of A and B, summed in float32; with coefficients one a direction, out of two products D * r wide.
+
+    v = scaling * dy B (N, r), x (N, in), u = scaling * x A^T (N, r), dy (N, out), coefficients (rows, D), N = rows * positions
+    -> dA (r, in), dB (out, r), or dA (D, r, in), dB (D, r, out).
+    """
+    if coefficients is None:
+        return product(v.T, x), product(dy.T, u)
+    each, rank = coefficients.repeat_interleave(len(v) // len(coefficients), 0), v.shape[1]                              # (N, D)
+    da, db = (product(spread_out(each, narrow).T, wide) for narrow, wide in ((v, x), (u, dy)))
+    return da.view(-1, rank, x.shape[1]), db.view(-1, rank, dy.shape[1])
+
+
+def spread_out(each: Tensor, narrow: Tensor) -> Tensor:
+    """Every row once for each direction. (N, D), (N, r) -> (N, D * r)."""
+    return (each[:, :, None] * narrow[:, None]).flatten(1)
+
+
+def product(p: Tensor, q: Tensor) -> Tensor:
+    """p q, summed and handed back in float32. If one factor is half and the other wider, the wider one is rounded for it where that saves a copy.
+
+    float16 cannot hold what is below 6e-8, as gradients and fresh adapters are: the wider factor is divided by a power of two first.
+    """
+    kind = min(p.dtype, q.dtype, key=lambda dtype: dtype.itemsize)
+    if kind.itemsize > 2 or not multiplies_into_fp32(p.device):
+        kind = torch.promote_types(kind, torch.float32)
+        return p.to(kind) @ q.to(kind)
+    wide = q if p.dtype == kind else p
+    if kind != torch.float16 or wide.dtype == kind or not wide.numel():
+        return torch.mm(p.to(kind), q.to(kind), out_dtype=torch.float32)
+    scale = torch.ldexp(torch.ones((), device=wide.device), torch.frexp(wide.abs().amax()).exponent)                    # stays on the device
+    p, q = (m if m.dtype == kind else (m / scale).to(kind) for m in (p, q))
+    return torch.mm(p, q, out_dtype=torch.float32).mul_(scale)
+
+
+class _Adapted(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, scaling: float, layer: Any) -> Tensor:
-        ctx.save_for_backward(x, a, b)
-        ctx.scaling, ctx.layer = scaling, layer
-        return F.linear(x, folded(layer, a, b, scaling), base_of(layer).bias)
+    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, term: Term, kind: torch.dtype, layer: Any) -> Tensor:
+        ctx.adapter, ctx.scaling, ctx.kind, ctx.layer = term.adapter, term.scaling, kind, layer
+        if x.dtype == kind == torch.float32:
+            ctx.save_for_backward(x, a, b)
+            return F.linear(x, folded(layer, a, b, term.scaling), base_of(layer).bias)
+        u = flat(x) @ a.to(x.dtype).T
+        ctx.save_for_backward(x, a, b, u)
+        out = base_of(layer)(x)
+        return flat(out).addmm_(u.to(out.dtype), b.to(out.dtype).T, alpha=term.scaling).view(out.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, a, b = ctx.saved_tensors
-        rows, inputs = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-        dx = (rows @ folded(ctx.layer, a, b, ctx.scaling)).reshape(x.shape) if ctx.needs_input_grad[0] else None
-        da = (rows @ b).T @ inputs * ctx.scaling if ctx.needs_input_grad[1] else None
-        db = rows.T @ (inputs @ a.T) * ctx.scaling if ctx.needs_input_grad[2] else None
-        return dx, da, db, None, None
+        (x, a, b, *kept), layer, scaling = ctx.saved_tensors, ctx.layer, ctx.scaling
+        rows, inputs, dx = flat(dy), flat(x), None
+        v = product(rows, b) * scaling
+        if ctx.needs_input_grad[0]:
+            if kept:
+                weight = dequantised(layer, ctx.kind)
+                dx = (rows.to(weight.dtype) @ weight).to(x.dtype).addmm_(v.to(x.dtype), a.to(x.dtype)).view(x.shape)
+            else:
+                dx = (rows @ folded(layer, a, b, scaling)).view(x.shape)
+        if not any(ctx.needs_input_grad[1:3]):
+            return dx, None, None, None, None, None
+        u = (kept[0] if kept else inputs @ a.T) * scaling
+        collector = layer.collector
+        if collector is None or collector.adapter != ctx.adapter:
+            return dx, *low_rank_gradients(v, inputs, u, rows, None), None, None, None
+        if len(x) != len(collector.coefficients):
+            raise RuntimeError(f"{len(collector.coefficients)} rows have coefficients, but a layer reads {tuple(x.shape)}: it does not keep rows apart")
+        return dx, *collector.take(*low_rank_gradients(v, inputs, u, rows, collector.coefficients)), None, None, None
+
+
+def flat(x: Tensor) -> Tensor:
+    """(..., n) -> (N, n)."""
+    return x.reshape(-1, x.shape[-1])

@@ -16,8 +16,8 @@ from localrl.settings import UserError
 NamedParameters = list[tuple[str, nn.Parameter]]
 
 
-def make_optimizer(settings: OptimSettings, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW as the settings name it: torch's, or bitsandbytes' with 8-bit or paged state."""
+def make_optimizer(settings: OptimSettings, groups: Iterable[list[nn.Parameter]]) -> torch.optim.Optimizer:
+    """AdamW as the settings name it: torch's, or bitsandbytes' with 8-bit or paged state. One parameter group for each of `groups`."""
     common: dict[str, Any] = {
         "lr": settings.learning_rate,
         "betas": (settings.adam_beta1, settings.adam_beta2),
@@ -30,7 +30,7 @@ def make_optimizer(settings: OptimSettings, parameters: Iterable[nn.Parameter]) 
         "paged_adamw_8bit": bnb.optim.PagedAdamW8bit,
         "paged_adamw_32bit": bnb.optim.PagedAdamW32bit,
     }
-    optimizer = kinds[settings.optimizer](list(parameters), **common)
+    optimizer = kinds[settings.optimizer]([{"params": group} for group in groups], **common)
     assert isinstance(optimizer, torch.optim.Optimizer)
     return optimizer
 

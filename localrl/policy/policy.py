@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from localrl.batch import Batch, Readout
+from localrl.batch import Batch, Loss, Readout
 from localrl.config import Run
+from localrl.memory.work import DirectionKind
 from localrl.policy.adapters import checkpoint_layers, using
+from localrl.policy.directions import Directions
 from localrl.policy.head import Head, read_tokens
 from localrl.policy.load import ADAPTER, CRITIC, attach, load_base, load_tokenizer
 from localrl.policy.lora import fold_adapters
@@ -24,6 +27,9 @@ from localrl.policy.optim import NamedParameters, learning_rate, make_optimizer,
 from localrl.settings import UserError
 
 ADAPTER_FILE, OPTIMIZER_FILE, CRITIC_FILE = "adapter_model.safetensors", "optimizer.safetensors", "critic.safetensors"
+DIRECTIONS_FILE = "directions.safetensors"
+PAST = 20
+"""Steps whose steering is remembered."""
 
 
 class Policy:
@@ -32,7 +38,11 @@ class Policy:
     The base's bytes never change: adapters stay live and are never merged into it.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, run: Run, *, checkpointing: bool, head_chunk: int) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, run: Run, *, checkpointing: bool, head_chunk: int, directions: Sequence[float] = (),
+        kept_as: DirectionKind = "float32",
+    ) -> None:  # fmt: skip
+        """`directions`: the gradients that are kept apart, if any, by their first weights; `kept_as`: in which form."""
         self.model, self.tokenizer, self.run = model, tokenizer, run
         self.step = 0
         """Steps of the loop that are behind it; with `run.steps` it decides the learning rate."""
@@ -46,24 +56,38 @@ class Policy:
             nn.init.zeros_(self.critic.weight)
             nn.init.zeros_(self.critic.bias)
         checkpoint_layers(model, checkpointing)
-        self.optimizer = make_optimizer(run.optim, [p for _, p in self.trainable()])
+        self.optimizer = make_optimizer(run.optim, self._groups())
+        self.directions = Directions(model, ADAPTER, len(directions), kept_as, directions) if directions else None
+        """Gradients that are kept apart until the algorithm says how they add up."""
+        self.past: deque[dict[str, float]] = deque(maxlen=PAST)
+        """What was said of the last steps' directions."""
 
     @classmethod
-    def create(cls, run: Run, *, critic: bool, checkpointing: bool, head_chunk: int) -> Policy:
+    def create(
+        cls, run: Run, *, critic: bool, checkpointing: bool, head_chunk: int, directions: Sequence[float] = (), kept_as: DirectionKind = "float32"
+    ) -> Policy:
         """The run's model with fresh adapters."""
         tokenizer = load_tokenizer(run.model)
         model = attach(load_base(run.model), run.adapter, run.seed, critic)
-        return cls(model, tokenizer, run, checkpointing=checkpointing, head_chunk=head_chunk)
+        return cls(model, tokenizer, run, checkpointing=checkpointing, head_chunk=head_chunk, directions=directions, kept_as=kept_as)
 
     def trainable(self) -> NamedParameters:
         """Everything that learns, by name, in a fixed order."""
         own = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
         return own + ([(f"critic.{n}", p) for n, p in self.critic.named_parameters()] if self.critic is not None else [])
 
+    def _groups(self) -> list[list[nn.Parameter]]:
+        """What learns at one rate and is clipped together: the policy, and the critic if there is one."""
+        named = self.trainable()
+        critic = [p for n, p in named if n.startswith("critic.") or f".{CRITIC}." in n]
+        policy = [p for n, p in named if not any(p is q for q in critic)]
+        return [policy, critic] if critic else [policy]
+
     # -- reading ------------------------------------------------------------------------------------------------------------
 
     def read(self, batch: Batch, columns: Iterable[str]) -> Readout:
-        """One forward pass over a micro-batch: the columns asked for, (B, T) float32, 0 outside the mask.
+        """One forward pass over a micro-batch: the columns asked for, (B, T) float32, 0 elsewhere. Values are read of all the response's
+        tokens, the others of the fresh ones; a reference that the batch carries is not read again.
 
         Gradients flow if they are enabled where it is called (never through `ref`). Log-probabilities, entropies and log-sum-exps are
         those of the tempered distribution that the run samples from. This is the only place that shifts: token t is predicted by the
@@ -75,14 +99,16 @@ class Policy:
         if columns & {"logp", "entropy", "lse"}:
             with using(self.model, ADAPTER):
                 out |= self._tokens(batch, columns)
-        if "ref" in columns:
+        if "ref" in columns and batch.ref is not None:
+            out["ref"] = batch.ref
+        elif "ref" in columns:
             with torch.no_grad(), using(self.model, None):
                 out["ref"] = self._tokens(batch, frozenset({"logp"}))["logp"]
         if "value" in columns:
             if self.critic is None:
                 raise RuntimeError("this policy was built without a critic")
             with using(self.model, CRITIC):
-                out["value"] = _spread(self.critic(self._hidden(batch).float()).squeeze(1), batch.mask)
+                out["value"] = _spread(self.critic(self._hidden(batch, batch.mask).float()).squeeze(1), batch.mask)
         return Readout(**out)
 
     def read_whole(self, batch: Batch, columns: Iterable[str], parts: Iterable[Tensor]) -> Readout:
@@ -97,8 +123,8 @@ class Policy:
                     whole[name][rows.to(self.device), : piece.shape[1]] = piece
         return Readout(**whole)
 
-    def _hidden(self, batch: Batch) -> Tensor:
-        """Hidden states that predict the masked tokens. -> (N, H), row by row.
+    def _hidden(self, batch: Batch, mask: Tensor) -> Tensor:
+        """Hidden states that predict the tokens in `mask` (B, T). -> (N, H), row by row.
 
         Rows are right-padded and no padding mask is passed: attention is causal, so padding cannot reach a real token, and a mask would
         cost B * S * S bytes and the fused attention kernels.
@@ -111,36 +137,56 @@ class Policy:
         inside = torch.arange(batch.tokens.shape[1], device=self.device) < batch.response_length[:, None]
         inputs[(columns >= context) & (columns < length)] = batch.tokens[inside]
         states = self.model.get_base_model().get_decoder()(input_ids=inputs, use_cache=False).last_hidden_state
-        rows, tokens = batch.mask.nonzero(as_tuple=True)
+        rows, tokens = mask.nonzero(as_tuple=True)
         return states[rows, batch.context_length[rows] + tokens - 1]
 
     def _tokens(self, batch: Batch, columns: frozenset[str]) -> dict[str, Tensor]:
         tokens = read_tokens(
-            self._hidden(batch), batch.tokens[batch.mask], self.head,
+            self._hidden(batch, batch.fresh), batch.tokens[batch.fresh], self.head,
             temperature=self.run.rollout.temperature, chunk=self.head_chunk, want_entropy="entropy" in columns,
         )  # fmt: skip
-        return {name: _spread(value, batch.mask) for name in ("logp", "entropy", "lse") if name in columns and (value := getattr(tokens, name)) is not None}
+        return {name: _spread(value, batch.fresh) for name in ("logp", "entropy", "lse") if name in columns and (value := getattr(tokens, name)) is not None}
 
     # -- learning -----------------------------------------------------------------------------------------------------------
 
-    def update(self) -> dict[str, float]:
-        """One optimiser step on the gradients gathered so far, which it clears. Returns `grad_norm` and `learning_rate`.
+    def backward(self, loss: Loss) -> None:
+        """Gather the gradients of one micro-batch: of the loss, or of each direction apart."""
+        if self.directions is not None:
+            self.directions.backward(loss.seeds)
+        else:
+            loss.value.backward()
 
-        A gradient that is not finite is thrown away: nothing is updated, and the metric says so.
+    def turn(self, weights: Sequence[float], stats: Mapping[str, float]) -> dict[str, float]:
+        """Add the directions up to one gradient, and remember what was said of them. Returns it, with the cosine to the update before."""
+        assert self.directions is not None
+        self.directions.combine(weights)
+        turn = self.directions.turn()
+        known = dict(stats) if math.isnan(turn) else {**stats, "steering/turn": turn}
+        self.past.append(known)
+        return known
+
+    def update(self, rate: float = 1.0) -> dict[str, float]:
+        """One optimiser step on the gradients gathered so far, which it clears, at `rate` times the scheduled learning rate.
+
+        Returns `grad_norm` and `learning_rate`, and `critic_grad_norm` if there is a critic: each is clipped by itself. A gradient that is not
+        finite is thrown away: nothing is updated, and the metric says so. Rate 0 updates nothing.
         """
-        rate = learning_rate(self.run.optim, self.step, self.run.steps)
-        parameters = [p for _, p in self.trainable()]
-        norm = nn.utils.clip_grad_norm_(parameters, self.run.optim.max_grad_norm).item()
-        if math.isfinite(norm):
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
+        scheduled = learning_rate(self.run.optim, self.step, self.run.steps)
+        own = {"critic_grad_norm": self.run.optim.critic_learning_rate or self.run.optim.learning_rate}
+        norms = {}
+        for name, group in zip(("grad_norm", "critic_grad_norm"), self.optimizer.param_groups, strict=False):
+            norms[name] = nn.utils.clip_grad_norm_(group["params"], self.run.optim.max_grad_norm).item()
+            group["lr"] = rate * scheduled * own.get(name, self.run.optim.learning_rate) / self.run.optim.learning_rate
+        if all(math.isfinite(norm) for norm in norms.values()) and rate > 0:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return {"grad_norm": norm, "learning_rate": rate}
+        return {**norms, "learning_rate": rate * scheduled}
 
     def drop_gradients(self) -> None:
         """Forget what was gathered since the last update."""
         self.optimizer.zero_grad(set_to_none=True)
+        if self.directions is not None:
+            self.directions.drop()
 
     # -- keeping ------------------------------------------------------------------------------------------------------------
 
@@ -158,7 +204,9 @@ class Policy:
             state = get_peft_model_state_dict(self.model, adapter_name=CRITIC, save_embedding_layers=False)
             save_file({k: v.detach().cpu().contiguous() for k, v in (state | self.critic.state_dict(prefix="head.")).items()}, folder / CRITIC_FILE)
         save_file(state_tensors(self.optimizer, self.trainable()), folder / OPTIMIZER_FILE)
-        (folder / "policy.json").write_text(json.dumps({"step": self.step}))
+        if self.directions is not None:
+            save_file(self.directions.state(), folder / DIRECTIONS_FILE)
+        (folder / "policy.json").write_text(json.dumps({"step": self.step, "past": list(self.past)}))
 
     def load_adapter(self, folder: Path) -> None:
         """Weights of the adapter "policy" from a checkpoint. Raises UserError if they do not fit or cannot be read."""
@@ -176,7 +224,10 @@ class Policy:
             self.critic.load_state_dict({k.removeprefix("head."): v for k, v in state.items() if k.startswith("head.")})
             set_peft_model_state_dict(self.model, {k: v for k, v in state.items() if not k.startswith("head.")}, adapter_name=CRITIC)
         restore_state(self.optimizer, self.trainable(), _read(folder / OPTIMIZER_FILE))
-        self.step = int(json.loads((folder / "policy.json").read_text())["step"])
+        if self.directions is not None:
+            self.directions.restore(_read(folder / DIRECTIONS_FILE))
+        state = json.loads((folder / "policy.json").read_text())
+        self.step, self.past = int(state["step"]), deque(state.get("past", ()), maxlen=PAST)
 
 
 def _spread(values: Tensor, mask: Tensor) -> Tensor:

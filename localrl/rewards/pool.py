@@ -112,9 +112,13 @@ class Rewards:
                 raise UserError(f"reward '{name}' needs the column '{lacking[0]}', which the data lack: {there}")
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
-        """The same rollouts with `rewards` filled in, one a function; NaN: does not apply, or could not be had."""
-        if not rollouts:
-            return []
+        """The same rollouts with `rewards` filled in, one a function; NaN: does not apply, or could not be had. Those that go on are not asked about."""
+        finished = [rollout for rollout in rollouts if not rollout.more]
+        scored = iter(self._score(finished) if finished else ())
+        nothing = (math.nan,) * len(self.names)
+        return [replace(rollout, rewards=nothing) if rollout.more else next(scored) for rollout in rollouts]
+
+    def _score(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
         given = _given(rollouts)
         values = [[math.nan] * len(rollouts) for _ in self.names]
         todo = [deque[int]() for _ in self._workers]
@@ -132,7 +136,14 @@ class Rewards:
             for worker in self._workers:
                 if worker.busy:                               # interrupted: an answer still under way would belong to nobody
                     worker.kill()
-        return [replace(rollout, rewards=tuple(row)) for rollout, row in zip(rollouts, zip(*values, strict=True), strict=True)]
+        rows = [self._conditioned(row) for row in zip(*values, strict=True)]
+        return [replace(rollout, rewards=row) for rollout, row in zip(rollouts, rows, strict=True)]
+
+    def _conditioned(self, row: Sequence[float]) -> tuple[float, ...]:
+        """A completion's rewards, those with an unmet condition 0. A missing one stays missing; a missing condition is unmet."""
+        place = {name: index for index, name in enumerate(self.names)}
+        met = [spec.given is None or row[place[spec.given]] >= spec.at_least for spec in self.settings.functions]
+        return tuple(value if ok or math.isnan(value) else 0.0 for value, ok in zip(row, met, strict=True))
 
     def report(self) -> Report:
         """Everything since the last report; the counts start anew."""

@@ -29,6 +29,12 @@ class RewardSpec(Settings):
     args: dict[str, Any] = Field(default={})
     """Fixed keyword arguments of the function, for instance { column = "solution" }."""
 
+    given: str | None = None
+    """Counts only where the reward of this name is at least `at_least`, and is 0 elsewhere: for what is easily had without the point (GDPO,
+    arXiv 2601.05242, conditioned rewards), for instance brevity given correctness."""
+    at_least: float = 1.0
+    """See `given`."""
+
     @model_validator(mode="before")
     @classmethod
     def _bare_string(cls, given: Any) -> Any:
@@ -65,4 +71,8 @@ class RewardSettings(Settings):
         twice = sorted({label for label in labels if labels.count(label) > 1})
         if twice:
             raise ValueError(f"two rewards are called '{twice[0]}': give one of them a name of its own")
+        for spec in functions:
+            if spec.given is not None and (spec.given not in labels or spec.given == spec.label):
+                others = ", ".join(label for label in labels if label != spec.label) or "there is none"
+                raise ValueError(f"reward '{spec.label}' has given = '{spec.given}', which is no other reward: {others}")
         return functions
