@@ -13,7 +13,7 @@ def discover() -> dict[str, type[Algorithm]]:
     """Every algorithm of this folder, by name, in alphabetical order.
 
     >>> sorted(discover())[:3]
-    ['gdpo', 'grpo', 'gtpo']
+    ['gdpo', 'group_dpo', 'grpo']
     """
     found: dict[str, type[Algorithm]] = {}
     for module in sorted(m.name for m in pkgutil.iter_modules(__path__)):

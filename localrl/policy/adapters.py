@@ -30,6 +30,21 @@ def using(model: nn.Module, adapter: str | None) -> Iterator[None]:
             layer._active_adapter, layer._disable_adapters = active, disabled
 
 
+class Again(AbstractContextManager[None]):
+    """`using`, as often as it is entered: a graph that is kept is computed again for each of its backward passes."""
+
+    def __init__(self, model: nn.Module, adapter: str | None) -> None:
+        self._model, self._adapter = model, adapter
+        self._open: list[AbstractContextManager[None]] = []
+
+    def __enter__(self) -> None:
+        self._open.append(using(self._model, self._adapter))
+        self._open[-1].__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._open.pop().__exit__(*error)
+
+
 def active(model: nn.Module) -> str | None:
     """The adapter that is on, None if none is."""
     for layer in model.modules():
@@ -49,6 +64,6 @@ def checkpoint_layers(model: Any, on: bool) -> None:
         return
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), using(model, active(model))
+        return nullcontext(), Again(model, active(model))
 
     base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False, "context_fn": contexts})

@@ -65,7 +65,7 @@ def one_by_one(policy: Policy, batch: Batch | None = None) -> list[list[Tensor]]
 
 
 def mixed(gradients: list[list[Tensor]], weights: Sequence[float]) -> list[Tensor]:
-    return [sum(w * g for w, g in zip(weights, each, strict=True)) for each in zip(*gradients, strict=True)]  # type: ignore[misc]
+    return [sum(w * g for w, g in zip(weights, each, strict=True)) for each in zip(*gradients, strict=True)]
 
 
 def gap(found: list[Tensor], truth: list[Tensor]) -> float:
@@ -151,9 +151,9 @@ def test_lagged_weights_act_a_step_later(make_model: Make, tmp_path: Path) -> No
     assert math.isnan(directions.turn())
     again = Directions(policy.model, ADAPTER, D, "lagged")
     again.restore(directions.state())
-    for one in (directions, again):
-        gather(policy, one)
-        one.combine((0.0, 0.0, 1.0))
+    for each in (directions, again):
+        gather(policy, each)
+        each.combine((0.0, 0.0, 1.0))
         assert gap(taken(policy), mixed(truth, WEIGHTS)) < 1e-5
     assert again.turn() == directions.turn()
     one, other = (torch.cat([g.flatten() for g in mixed(truth, w)]) for w in ((1.0, 2.0, 3.0), WEIGHTS))
@@ -164,12 +164,13 @@ def test_lagged_weights_act_a_step_later(make_model: Make, tmp_path: Path) -> No
 def test_the_turn_is_the_cosine_with_the_update_before(make_model: Make, kind: Any) -> None:
     policy = a_small_policy(make_model)
     directions = Directions(policy.model, ADAPTER, D, kind, WEIGHTS)
-    updates, turns = [], []
+    updates: list[Tensor] = []
+    turns: list[float] = []
     for step in range(3):
         batch = a_batch(step)
         for _ in range(directions.passes):
             gather(policy, directions, PARTS, batch)
-            if not turns or len(turns) == step:
+            if len(turns) == step:
                 directions.combine(WEIGHTS)
                 turns.append(directions.turn())
         updates.append(torch.cat([g.flatten() for g in taken(policy)]))
@@ -200,7 +201,7 @@ def test_no_more_than_the_directions_lives(make_model: Make) -> None:
 
     sizes = {}
     for kind in ("float32", "bfloat16", "int8", "lagged", "two_pass"):
-        directions, before = Directions(policy.model, ADAPTER, D, kind), living()  # type: ignore[arg-type]
+        directions, before = Directions(policy.model, ADAPTER, D, kind), living()
         gather(policy, directions)
         policy.optimizer.zero_grad(set_to_none=True)
         new = {address: t for address, t in living().items() if address not in before}
