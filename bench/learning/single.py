@@ -7,11 +7,9 @@ from pathlib import Path
 
 from bench.learning.trials import Result, Trial, bands, middle, picture, run_all, table
 
-EACH = ("steps=120", "optim.learning_rate=2e-3")
+EACH = ("steps=80", "optim.learning_rate=2e-3")
 TRIALS = (
     Trial("TBRM n=1", (*EACH, "algorithm.name=tbrm", "algorithm.beta=0.1", "rollout.num_generations=1", "rollout.prompts_per_step=64")),
-    Trial("TBRM+bias n=1", (*EACH, "algorithm.name=tbrm", "algorithm.beta=0.1", 'algorithm.value_mode="logit+bias"', "rollout.num_generations=1",
-                            "rollout.prompts_per_step=64")),
     Trial("PPO n=1", (*EACH, "algorithm.name=ppo", "algorithm.critic_warmup=5", "optim.critic_learning_rate=4e-3", "rollout.num_generations=1",
                       "rollout.prompts_per_step=64")),
     Trial("GRPO n=4", (*EACH, "algorithm.name=grpo", "rollout.num_generations=4", "rollout.prompts_per_step=16")),
@@ -39,5 +37,5 @@ def report(seeds: int, workers: int, work: Path, results: Path) -> str:
     rows = [[name, middle([float(r.evaluations[-1]["eval/reward"]) for r in each]), middle([r.held_out("correct") for r in each]),
              f"{seconds[name] / seconds[base]:.2f}", f"{peaks[name] / peaks[base]:.2f}"] for name, each in found.items()]  # fmt: skip
     head = ("64 rollouts a step", "reward, held out", "correct, held out", f"learning time ({base} = 1)", f"peak memory of learning ({base} = 1)")
-    return (f"# Single rollouts\n120 steps, learning rate 2e-3, beta 0.1, {seeds} seeds; median [lowest, highest]. Memory: live bytes beyond the model and "
+    return (f"# Single rollouts\n80 steps, learning rate 2e-3, beta 0.1, {seeds} seeds; median [lowest, highest]. Memory: live bytes beyond the model and "
             f"its optimiser, of one step.\n\n{table(head, rows)}\n![](single.png)\n")
