@@ -81,7 +81,7 @@ def train(
     from localrl.run import anchor, check_run, train_run
 
     given = [*(_from_log(from_log, bare=not (preset or config)) if from_log else ()), *(overrides or [])]
-    run = load_run(preset or (None if config else "demo"), config, given)
+    run = load_run(preset or (None if config or from_log else "demo"), config, given)
     if dry_run:
         prepared = check_run(anchor(run, Path.cwd()), _say)
         _show_plan(prepared.plan)
@@ -103,7 +103,7 @@ def _from_log(path: Path, bare: bool) -> list[str]:
 
     lines = [f"data.path={json.dumps(str(path))}", "data.from_log=true"]
     able = next(name for name, kind in ALGORITHMS.items() if kind.learns_from_old and kind().group_size == 1)
-    return [*lines, f"algorithm.name={able}", "rewards.functions=[]", "data.holdout=0"] if bare else lines
+    return [*lines, f"algorithm.name={able}", "rewards.functions=[]", "data.holdout=0", "rollout.num_generations=1"] if bare else lines
 
 
 @app.command()

@@ -247,7 +247,7 @@ class Run(Settings):
         name, window, algorithm = self.algorithm.name, self.rollout.window, self.algorithm
         if window and not algorithm.learns_from_unfinished:
             raise ValueError(f"rollout.window={window} but {name} needs finished responses: leave it out, or take {_those('learns_from_unfinished')}")
-        if objection := algorithm.objection(window):
+        if objection := algorithm.objection(window, len(self.rewards.functions)):
             raise ValueError(objection)
         if not window and algorithm.needs_window:
             raise ValueError(f"algorithm.name={name} learns window by window: set rollout.window, a quarter of max_completion_length is usual")

@@ -69,7 +69,7 @@ def summary(metrics: dict[str, float]) -> str:
     parts = [
         f"reward {reward:.3f}" if not math.isnan(reward) else "no reward",
         f"entropy {metrics.get('entropy', math.nan):.2f}",
-        f"{metrics.get('tokens_per_second/rollout', math.nan):,.0f} tok/s",
+        *([f"{metrics['tokens_per_second/rollout']:,.0f} tok/s"] if "tokens_per_second/rollout" in metrics else []),
         f"{memory_now(metrics):.1f} GiB",
     ]
     return "  ".join(parts)

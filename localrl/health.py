@@ -28,6 +28,11 @@ class Health:
         self._said: set[str] = set()
         self._entropy_at_start: float | None = None
 
+    @property
+    def _compares(self) -> bool:
+        """The algorithm learns from differences within a group alone."""
+        return self.algorithm.needs_contrast or (self.algorithm.group_size > 1 and not self.algorithm.learns_from_old)
+
     def look(self, metrics: dict[str, float]) -> list[str]:
         """New findings after one more step, each a sentence; a finding is reported once a run."""
         self._recent.append(metrics)
@@ -57,7 +62,7 @@ class Health:
         if self._always("frac_reward_cancelling", 0.5):
             yield "cancel", (f"for {PATIENCE} steps single rewards varied while their weighted sum stayed equal within groups: they cancel, so the "
                              f"advantage is 0; change the weights, or take an algorithm that normalises each reward by itself ({', '.join(DECOUPLED)})")
-        elif self.algorithm.group_size > 1 and self._always("frac_reward_zero_std", 1.0):
+        elif self._compares and self._always("frac_reward_zero_std", 1.0):
             means = ", ".join(f"{n} {now.get(f'rewards/{n}/mean', math.nan):.2f}" for n in self.names)
             yield "flat", (f"for {PATIENCE} steps all rollouts of every prompt got the same reward ({means}): nothing can be learned; if they are all wrong, "
                            "it is too hard for the base (ease the prompts, or give partial credit), if all right, it is learned")

@@ -155,7 +155,7 @@ def prepare(run: Run, say: Callable[[str], None]) -> Prepared:
     data = load_prompts(with_demo_data(run.data), tokenizer, run.seed, Path.cwd())
     for note in data.notes:
         say(note)
-    if len(data.train) < run.rollout.prompts_per_step:
+    if len(data.train) < run.rollout.prompts_per_step and not run.data.from_log:
         say(f"{len(data.train)} training prompts for rollout.prompts_per_step={run.rollout.prompts_per_step}: prompts will repeat within a step")
     if not run.data.from_log:
         return Prepared(run, plan, tokenizer, data)

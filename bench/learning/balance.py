@@ -24,7 +24,7 @@ METHODS = {
     "GDPO, directed": ("algorithm.name=gdpo", 'algorithm.weighting="directed"', 'memory.directions="float32"'),
 }
 GRID = (0.4, 0.5, 0.6, 0.65, 0.7)
-STEPS = 80
+STEPS = 60
 
 
 def trials(names: tuple[str, ...]) -> list[Trial]:

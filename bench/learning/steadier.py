@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bench.learning.trials import Result, Trial, bands, first_at, middle, picture, run_all, steps_to, table
 
-STEPS, RATE = 120, 4e-3
+STEPS, RATE = 120, 2.5e-3
 LONG = (f"steps={STEPS}", f"optim.learning_rate={RATE}")
 TRIALS = (
     Trial("GRPO", (*LONG, "algorithm.name=grpo")),

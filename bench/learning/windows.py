@@ -10,20 +10,22 @@ import numpy as np
 from bench.learning.longtail import LIMIT, build
 from bench.learning.trials import ROOT, Result, Trial, middle, picture, run_all, table
 
-SLOTS, WINDOW = 16, 32
+SLOTS, WINDOW = 16, 64
 
 
 def trials(base: Path) -> tuple[Trial, ...]:
     """The same settings of PPO; T-PPO's steps are shorter, so it takes more of them."""
+    wish = f'"{ROOT}/bench/learning/longtail.py:as_asked"'
     common = (
-        f'model.path="{base}"', f"rollout.max_completion_length={LIMIT}", f"rollout.prompts_per_step={SLOTS}", "rollout.num_generations=1",
-        'rewards.functions=[{function="numeric_answer", name="correct"}, {function="tagged_format", name="format"}]', "optim.learning_rate=1e-3",
+        f'model.path="{base}"', f'data.path="{base / "train.jsonl"}"', f'data.eval_path="{base / "eval.jsonl"}"',
+        f'rewards.functions=[{{function="numeric_answer", name="correct"}}, {{function="tagged_format", name="format"}}, {wish}]',
+        f"rollout.max_completion_length={LIMIT}", f"rollout.prompts_per_step={SLOTS}", "rollout.num_generations=1", "optim.learning_rate=1e-3",
         "optim.critic_learning_rate=4e-3", "algorithm.name=tppo", "algorithm.critic_warmup=10", "algorithm.ignore_tail=4", "algorithm.lm_coef=0",
         "memory.micro_batch_tokens=4096", "eval.num_generations=1", "eval.limit=128",
     )  # fmt: skip
     return (
-        Trial("PPO", (*common, f"rollout.window={LIMIT}", "steps=150", "eval.every=25"), alone=True),
-        Trial("T-PPO", (*common, f"rollout.window={WINDOW}", "steps=240", "eval.every=40"), alone=True),
+        Trial("PPO", (*common, f"rollout.window={LIMIT}", "steps=120", "eval.every=20"), alone=True),
+        Trial("T-PPO", (*common, f"rollout.window={WINDOW}", "steps=160", "eval.every=20"), alone=True),
     )
 
 

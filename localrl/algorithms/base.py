@@ -33,8 +33,6 @@ class Algorithm(Settings):
     name: str
     """Selects the algorithm."""
 
-    learns_from_cut: ClassVar[bool] = True
-    """May rollouts that the length limit cut take part?"""
     learns_from_old: ClassVar[bool] = False
     """May rollouts of an earlier or a foreign policy take part without an importance correction?"""
     decouples_rewards: ClassVar[bool] = False
@@ -58,8 +56,8 @@ class Algorithm(Settings):
         """Does it weigh rollouts by how likely they are under the policy, so that an older policy or another engine may have sampled them?"""
         return False
 
-    def objection(self, window: int | None) -> str | None:
-        """Why these settings cannot work with this `rollout.window`, in one sentence; None: they can."""
+    def objection(self, window: int | None, rewards: int) -> str | None:
+        """Why these settings cannot work with this `rollout.window` and so many rewards, in one sentence; None: they can."""
         return None
 
     def for_sampler(self, exact: bool) -> Self:

@@ -9,7 +9,7 @@ in a rollout's coefficient only, so that one backward pass gives them all (docs/
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import ClassVar, Literal
 
@@ -21,7 +21,7 @@ from localrl.algebra import group_moments, k3, ratio_to, standardise, weighted_t
 from localrl.algorithms.advantages import whiten
 from localrl.algorithms.base import Steering
 from localrl.algorithms.grpo import Clipped, Credit
-from localrl.algorithms.steering import Control, Geometry, clip_masks, control, detect, geometry
+from localrl.algorithms.steering import LARGEST, Control, Geometry, clip_masks, control, detect, geometry
 from localrl.batch import Batch, Loss, Readout, Seed
 
 
@@ -47,8 +47,8 @@ class GDPO(Clipped):
     """directed: how far, as a cosine, the update may point against a reward."""
     coherence: float = Field(0.05, gt=0, lt=1)
     """directed: below this much agreement (length of the mean of the unit gradients) the region counts as unstable, and the step gets shorter."""
-    weight_bounds: tuple[float, float] | None = (0.05, 20.0)
-    """directed: least and most that a weight may become, as a multiple of the given one. Unset: no bounds."""
+    weight_bounds: tuple[float, float] = (0.05, 20.0)
+    """directed: least and most that a weight may become, as a multiple of the given one."""
 
     decouples_rewards = True
     needs_contrast = True
@@ -65,7 +65,7 @@ class GDPO(Clipped):
     def advantages(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(B,) of all rewards together, and (B, R) of each by itself, with the sign of its weight, on the same scale."""
         single = self.decoupled(batch)
-        kept, ratio = self.keep(single, batch)
+        kept, ratio = self.keep(single * batch.weights.sign(), batch)
         total = weighted_total(single, batch.weights) * ratio
         scale = self._spread(torch.where(kept, total, torch.nan), batch)
         return self._normalised(total, kept, batch), single.nan_to_num(0.0) * batch.weights.sign() * (kept * ratio / scale)[:, None]
@@ -76,7 +76,8 @@ class GDPO(Clipped):
         return (batch.rewards - mean) / (std + self.advantage_epsilon)
 
     def keep(self, single: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(B,) bool: rollouts without conflict, and (B,) the share that their group kept (1 without a filter). `single` (B, R): advantages."""
+        """(B,) bool: rollouts without conflict, and (B,) the share that their group kept (1 without a filter). `single` (B, R): advantages, turned where the
+        weight is negative."""
         signed = single.nan_to_num(0.0)
         conflict = (signed > 1e-8).any(1) & (signed < -1e-8).any(1)
         if self.conflict_filter == "none":
@@ -92,12 +93,15 @@ class GDPO(Clipped):
         return whiten(wide, batch.fresh & (kept & ~total.isnan())[:, None])[:, 0]
 
     def _spread(self, total: Tensor, batch: Batch) -> Tensor:
-        """() what the last normalisation divides by, so that directed weights which stay as given make the very update of fixed ones."""
-        return group_moments(total, torch.zeros_like(batch.group))[1].max() + self.advantage_epsilon
+        """() what the last normalisation divides by, so that directed weights which stay as given make the update of fixed ones (but for the mean
+        that it subtracts, which is 0 unless rollouts are left out). Where rewards cancel, not less than a twentieth of what one alone would have."""
+        spread = group_moments(total, torch.zeros_like(batch.group))[1].max()
+        return torch.maximum(spread, batch.weights.norm() / 20) + self.advantage_epsilon
 
     def observe(self, batch: Batch, credit: Credit) -> dict[str, float]:
         """Share of rollouts on which two rewards disagree in sign: what decoupling is for."""
         single = self.decoupled(batch)
+        single = single * batch.weights.sign()                                   # a penalty that falls agrees with a reward that rises
         metrics = {"conflicting_rewards": ((single > 0).any(1) & (single < 0).any(1)).float().mean().item()}
         if self.conflict_filter != "none":
             metrics["gdpo/kept"] = self.keep(single, batch)[0].float().mean().item()
@@ -110,10 +114,12 @@ class GDPO(Clipped):
             return ()
         return (*(abs(w) for w in weights), *([1.0] if self.beta else []))
 
-    def objection(self, window: int | None) -> str | None:
+    def objection(self, window: int | None, rewards: int) -> str | None:
         if self.weighting == "directed" and self.normalise == "tokens":
-            return "algorithm.normalise=tokens and algorithm.weighting=directed: directed weights need one advantage a completion, set normalise=completions"
-        return super().objection(window)
+            return "algorithm.weighting=directed keeps the scale that completions give, not tokens: set algorithm.normalise=completions"
+        if self.weighting == "directed" and rewards > LARGEST:
+            return f"algorithm.weighting=directed with {rewards} rewards: {LARGEST} at most, leave some out or join them in one function"
+        return None
 
     def loss(self, batch: Batch, readout: Readout, credit: Credit) -> Loss:
         loss = super().loss(batch, readout, credit)
@@ -144,6 +150,16 @@ class GDPO(Clipped):
         region = detect(found.stats(), past, self.coherence)
         stats = {**found.stats(), **region.stats(), "steering/rate": found.rate * region.rate, **by_reward(found, geometry(gram[:count, :count]))}
         return Steering((*found.weights, *[1.0] * (len(gram) - count)), found.rate * region.rate, stats)
+
+    def alarms(self, first: Mapping[str, float], recent: Sequence[Mapping[str, float]]) -> Iterator[tuple[str, str]]:
+        now = recent[-1]
+        if now.get("steering/alarm", 0.0) > 0:
+            yield "unstable", (f"the rewards' gradients have entered an unstable region (coherence {now['steering/coherence']:.2f}, {now['steering/conflicts']:.0f} of "
+                               f"{now['steering/pairs']:.0f} pairs in conflict): the learning rate is halved for ten steps, each time anew")
+        skipped = sum(m.get("steering/rate", 1.0) == 0 for m in recent)
+        if skipped >= 5:
+            yield "skipped", (f"{skipped} of the last {len(recent)} updates were skipped because the rewards' gradients cancel: two rewards ask for opposites; "
+                              "change their weights, or make one conditional (given = ...)")
 
 
 def by_reward(found: Control, shape: Geometry) -> dict[str, float]:

@@ -57,7 +57,6 @@ class GTPO(OnPolicy):
     scale_rewards: Literal["none", "group"] = "none"
     """Divide the advantage by its group's standard deviation? The paper does not."""
 
-    learns_from_cut = True
     reports: ClassVar[tuple[str, ...]] = (
         "gtpo/conflict_share", "gtpo/protected_share", "gtpo/boosted_share", "gtpo/mean_weight", "gtpo/filtered_share", "gtpo/completion_entropy"
     )  # fmt: skip

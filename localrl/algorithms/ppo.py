@@ -55,12 +55,12 @@ class PPO(OnPolicy):
     """How far below 1 the probability ratio may push."""
     epsilon_high: float | None = Field(None, gt=0)
     """How far above 1 it may push. Unset: the same as epsilon."""
-    dual_clip: float | None = Field(None, gt=1)
-    """Bound of ratio * advantage for bad tokens that have become much likelier, times the advantage (3 to 10 are usual). Unset: none."""
-    value_clip: float | None = Field(0.2, gt=0)
-    """How far below its old value the critic may learn to go in one step. Unset: no value clipping."""
-    value_clip_high: float | None = Field(None, gt=0)
-    """How far above. Unset: the same as value_clip."""
+    dual_clip: float = Field(0.0, ge=0)
+    """Bound of ratio * advantage for bad tokens that have become much likelier, times the advantage (3 to 10 are usual). 0: none."""
+    value_clip: float = Field(0.2, ge=0)
+    """How far below its old value the critic may learn to go in one step. 0: no value clipping."""
+    value_clip_high: float = Field(0.0, ge=0)
+    """How far above. 0: the same as value_clip."""
     value_coef: float = Field(0.5, gt=0)
     """Weight of the critic's loss."""
     kl_coef: float = Field(0.0, ge=0)
@@ -69,8 +69,8 @@ class PPO(OnPolicy):
     """Weight of a language-model loss on finished responses with a positive reward; VAPO has 0.1."""
     critic_warmup: int = Field(0, ge=0)
     """First updates in which only the critic learns."""
-    advantage_clamp: float | None = Field(None, gt=0)
-    """Whitened advantages are cut at plus and minus this."""
+    advantage_clamp: float = Field(0.0, ge=0)
+    """Whitened advantages are cut at plus and minus this. 0: not at all."""
     ignore_tail: int = Field(0, ge=0)
     """Last tokens of a window that an unfinished response does not learn from: their advantages hang on one guess of the critic."""
     share: ShareName = "token_mean"
@@ -93,7 +93,7 @@ class PPO(OnPolicy):
     def reads_during(self) -> Columns:
         return frozenset({"logp", "value"})
 
-    def objection(self, window: int | None) -> str | None:
+    def objection(self, window: int | None, rewards: int) -> str | None:
         if window is not None and self.ignore_tail >= window:
             return f"algorithm.ignore_tail={self.ignore_tail} leaves nothing of rollout.window={window} to learn from: it must be smaller"
         return None
@@ -112,7 +112,7 @@ class PPO(OnPolicy):
         raw = gae(rewards, value, fresh, finished, self.gamma, self._lambda(batch))
         told = fresh & (raw != 0).any(1, keepdim=True)          # a row without any signal must not get one by subtracting a mean
         advantage = whiten(raw, learns & told)
-        if self.advantage_clamp is not None:
+        if self.advantage_clamp:
             advantage = advantage.clamp(-self.advantage_clamp, self.advantage_clamp)
         critic = torch.full_like(total, self.critic_lambda)
         judged = batch.mask & scored[:, None]
@@ -142,7 +142,7 @@ class PPO(OnPolicy):
         ratio, advantage = ratio_to(readout.logp, credit.old), credit.advantage
         low, high = 1 - self.epsilon, 1 + (self.epsilon_high or self.epsilon)
         gain = torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
-        if self.dual_clip is not None:
+        if self.dual_clip:
             gain = torch.where(advantage < 0, torch.maximum(gain, self.dual_clip * advantage), gain)
         clipped = ((ratio < low) & (advantage < 0)) | ((ratio > high) & (advantage > 0))
         return -(credit.share * gain).sum(), (credit.share * clipped).sum()
@@ -152,7 +152,7 @@ class PPO(OnPolicy):
         assert readout.value is not None
         error = (readout.value - credit.returns) ** 2
         worst = error
-        if self.value_clip is not None:
+        if self.value_clip:
             high = self.value_clip_high or self.value_clip
             near = credit.value + (readout.value - credit.value).clamp(-self.value_clip, high)
             worst = torch.maximum(error, (near - credit.returns) ** 2)

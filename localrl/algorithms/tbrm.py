@@ -50,7 +50,7 @@ class TBRM(Algorithm):
     or divided by the response's length."""
 
     learns_from_old = True
-    reports: ClassVar[tuple[str, ...]] = ("tbrm/value", "tbrm/residual", "tbrm/residual_mean", "tbrm/residual_square", "tbrm/reward_variance", "kl")
+    reports: ClassVar[tuple[str, ...]] = ("tbrm/value", "tbrm/residual", "tbrm/residual_mean", "tbrm/residual_square", "tbrm/reward_variance")
 
     @property
     def group_size(self) -> int:

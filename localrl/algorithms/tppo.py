@@ -18,11 +18,11 @@ class TPPO(PPO):
     """Truncated Proximal Policy Optimisation: PPO on windows."""
     epsilon_high: float | None = 0.28
     """How far above 1 the probability ratio may push."""
-    dual_clip: float | None = 10.0
+    dual_clip: float = 10.0
     """Bound of ratio * advantage for bad tokens that have become much likelier, times the advantage."""
-    value_clip: float | None = 0.5
+    value_clip: float = 0.5
     """How far below its old value the critic may learn to go in one step."""
-    value_clip_high: float | None = 0.6
+    value_clip_high: float = 0.6
     """How far above."""
     adaptive_lambda: float = 0.05
     """Alpha of the length-adaptive lambda, max(lam, 1 - 1 / (alpha * length)). 0: off."""
@@ -30,7 +30,7 @@ class TPPO(PPO):
     """Weight of a language-model loss on finished responses with a positive reward."""
     critic_warmup: int = 10
     """First updates in which only the critic learns: before it knows anything, unfinished responses have no advantage at all."""
-    advantage_clamp: float | None = 10.0
+    advantage_clamp: float = 10.0
     """Whitened advantages are cut at plus and minus this."""
     ignore_tail: int = 8
     """Last tokens of a window that an unfinished response does not learn from."""

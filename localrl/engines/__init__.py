@@ -23,7 +23,7 @@ class Engine(Protocol):
         `version` is the policy's step, and part of the random stream's name. `settings`: other sampling settings for this call."""
         ...
 
-    def follow(self, save_adapter: Callable[[Path], None], version: int) -> None:
+    def follow(self, save_weights: Callable[[Path], None], version: int) -> None:
         """The policy has been updated `version` times: sample from it as it is now. An engine that shares its weights has nothing to do."""
         ...
 

@@ -264,7 +264,7 @@ class Searchers:
 
     # ------------------------------------------------------------------------------------------------------------ following
 
-    def follow(self, save_adapter: Callable[[Path], None], version: int) -> None:
+    def follow(self, save_weights: Callable[[Path], None], version: int) -> None:
         """Write the adapter and tell the searchers, at the first call and then every `replay.sync_every` updates; each takes it before its
         next share."""
         every = self.run.replay.sync_every
@@ -273,7 +273,7 @@ class Searchers:
         serial = next(self._numbers)
         part, folder = self.folder / f"{serial}.part", self.folder / str(serial)
         part.mkdir()
-        save_adapter(part)
+        save_weights(part)
         part.rename(folder)
         self._newest = self._adapters[serial] = Adapter(serial, folder, version)
         for process in self._processes:

@@ -85,7 +85,7 @@ class TorchEngine:
         self.stats = Stats(0, 0, 0, 0, 0.0, 0.0)
         self._calls: list[Stats] = []
 
-    def follow(self, save_adapter: Callable[[Path], None], version: int) -> None:
+    def follow(self, save_weights: Callable[[Path], None], version: int) -> None:
         """A new step begins. The weights are live: there is nothing to fetch."""
         self._calls.clear()
 

@@ -192,10 +192,14 @@ class Policy:
 
     def save_adapter(self, folder: Path) -> None:
         """What PEFT loads: `adapter_model.safetensors`, `adapter_config.json`, and the tokenizer with its chat template."""
-        state = get_peft_model_state_dict(self.model, adapter_name=ADAPTER, save_embedding_layers=False)
-        save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, folder / ADAPTER_FILE)
+        self.save_weights(folder)
         self.model.peft_config[ADAPTER].save_pretrained(str(folder))
         self.tokenizer.save_pretrained(str(folder))
+
+    def save_weights(self, folder: Path) -> None:
+        """The adapter's tensors alone, as `load_adapter` reads them."""
+        state = get_peft_model_state_dict(self.model, adapter_name=ADAPTER, save_embedding_layers=False)
+        save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, folder / ADAPTER_FILE)
 
     def save(self, folder: Path) -> None:
         """The adapter, the critic if there is one, and the optimiser, into an existing folder."""

@@ -34,7 +34,8 @@ LOG_LIMIT = 16 * 2**20
 GIB = 2**30
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
-# The worker sees the modules that this process sees, wherever they come from (checkout, wheel, notebook).
+# The worker sees the modules that this process sees, wherever they come from (checkout, wheel, notebook). -P: not those of the working folder
+# before that, where a person's json.py would be taken for the library's.
 _BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from localrl.rewards.worker import main; main(int(sys.argv[2]))"
 
 
@@ -67,7 +68,7 @@ class Worker:
         log = self.log.open("ab") if self.log else None
         try:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", _BOOT, json.dumps([str(entry) for entry in sys.path]), str(self.places.fileno())],
+                [sys.executable, "-P", "-c", _BOOT, json.dumps([str(entry) for entry in sys.path]), str(self.places.fileno())],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, bufsize=0,
                 pass_fds=[self.places.fileno()], start_new_session=True,   # Ctrl-C in the terminal is for the run alone
             )

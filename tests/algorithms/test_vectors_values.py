@@ -143,8 +143,8 @@ def test_an_ignored_tail_of_zero_ignores_nothing() -> None:
     batch = window([False], [0], [torch.nan])
     value = torch.rand(1, 12, generator=torch.Generator().manual_seed(0))
     assert (TPPO(ignore_tail=0).credit(batch, Readout(value=value)).share > 0).all()
-    assert TPPO(ignore_tail=8).objection(8) is not None
-    assert TPPO(ignore_tail=8).objection(9) is None
+    assert TPPO(ignore_tail=8).objection(8, 1) is not None
+    assert TPPO(ignore_tail=8).objection(9, 1) is None
 
 
 def test_without_a_critic_unfinished_rows_are_not_pushed_by_whitening() -> None:
