@@ -102,7 +102,7 @@ def _from_log(path: Path, bare: bool) -> list[str]:
     from localrl.algorithms import ALGORITHMS
 
     lines = [f"data.path={json.dumps(str(path))}", "data.from_log=true"]
-    able = next(name for name, kind in ALGORITHMS.items() if kind.learns_from_old and kind().group_size == 1)
+    able = next(name for name, kind in ALGORITHMS.items() if kind.learns_from_old and kind(name=name).group_size == 1)
     return [*lines, f"algorithm.name={able}", "rewards.functions=[]", "data.holdout=0", "rollout.num_generations=1"] if bare else lines
 
 

@@ -290,9 +290,10 @@ def load_run(preset: str | None = None, config: Path | None = None, overrides: S
         values = _merge(values, _read_toml(preset_path(preset)))
     if config is not None:
         values = _merge(values, _read_toml(config))
-    for line in overrides:
-        values = _merge(values, parse_override(line))
-    return build(values)
+    above: dict[str, Any] = {}
+    for line in overrides:                                          # first with each other, so that their order does not matter
+        above = _merge(above, parse_override(line))
+    return build(_merge(values, above))
 
 
 def build(values: dict[str, Any]) -> Run:
@@ -404,9 +405,9 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     for key, value in above.items():
         old = merged.get(key)
         if isinstance(old, dict) and isinstance(value, dict):
-            if key == "algorithm" and value.get("name", old.get("name")) != old.get("name"):
+            if key == "algorithm" and "name" in old and value.get("name", old["name"]) != old["name"]:
                 old = {}
-            if key == "data" and value.get("path", old.get("path")) != old.get("path"):
+            if key == "data" and "path" in old and value.get("path", old["path"]) != old["path"]:
                 old = {k: v for k, v in old.items() if k not in OF_ONE_DATA_SET}
             merged[key] = _merge(old, value)
         else:

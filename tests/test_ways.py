@@ -117,7 +117,14 @@ def test_foreign_samples_are_weighed(home: Path, make_model: Callable[..., Path]
     assert auto[0]["grad_norm"] == pytest.approx(none[0]["grad_norm"], rel=1e-5)        # fresh: every weight is 1
     assert [row["sampler/age"] for row in auto[:3]] == [0, 1, 2]
     assert auto[1]["sampler/mean_difference"] > 1e-6 > auto[0]["sampler/mean_difference"]
-    assert auto[2]["grad_norm"] != none[2]["grad_norm"]
+    assert [row["grad_norm"] for row in auto[1:]] != [row["grad_norm"] for row in none[1:]]
+
+
+def test_the_order_of_overrides_does_not_matter() -> None:
+    lines = ["algorithm.name=tba", "algorithm.beta=0.3"]
+    one, other = (load_run("demo", None, order).algorithm for order in (lines, lines[::-1]))
+    assert one == other
+    assert one.model_dump()["beta"] == 0.3
 
 
 @pytest.mark.parametrize(
@@ -153,3 +160,20 @@ def test_token_weights_are_kept_for_display(home: Path, make_model: Callable[...
     rows = read_lines(home / "out" / "completions" / "step-000001.jsonl")
     assert all(len(row["token_weights"]) == len(row["token_ids"]) == row["tokens"] for row in rows)
     assert {weight for row in rows for weight in row["token_weights"]} <= {0.0, 1.0, 2.0}
+
+
+def test_directed_weights_that_need_no_change_make_the_published_update(
+    home: Path, make_model: Callable[..., Path], call: Callable[..., int]  # noqa: F811
+) -> None:
+    """Two rewards that agree entirely: nothing to balance."""
+    (home / "own.py").write_text("def spread(completions, **_):\n    return [len(set(c[0]['content'])) / 10 for c in completions]\n")
+    spec, model = 'rewards.functions=[{function="own.py:spread", name="a"}, {function="own.py:spread", name="b", weight=0.5}]', make_model("qwen2")
+    for name in ("fixed", "directed"):
+        changes = {"algorithm.name": "gdpo", "algorithm.weighting": name, "steps": 3, "log.dir": name, "eval.limit": 0}
+        assert call("train", *settings(model, **changes)[:-1], spec) == 0
+    rows = [row for row in numbers(home / "directed") if row["steering/norm"] > 0]
+    assert rows
+    assert all(row["steering/state"] == 0 and row["steering/dispersion"] == pytest.approx(1) for row in rows)
+    one, other = (load_file(home / f / "checkpoint-3" / "adapter_model.safetensors") for f in ("fixed", "directed"))
+    for key in one:
+        torch.testing.assert_close(one[key], other[key], rtol=1e-3, atol=1e-4)

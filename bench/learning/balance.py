@@ -86,10 +86,11 @@ def report(seeds: int, workers: int, work: Path, results: Path) -> str:
         head = ("", *(f"all >= {q}" for q in GRID), "worst reward", "mean reward", "oscillation (1e-3)", "stable from step", "time", "memory")
         directed = [row["steering/dispersion"] for r in found[arms[3].name] for row in r.rows]
         kept = sum(d >= 0.7 - 1e-9 for d in directed) / len(directed)
-        parts.append(f"## {len(names)} rewards: {', '.join(names)}\n{table(head, rows)}\nDispersion was at least 0.7 after steering in {kept:.0%} of all steps.\n")
+        note = f"Dispersion was at least 0.7 after steering in {kept:.0%} of all steps."
+        parts.append(f"## {len(names)} rewards: {', '.join(names)}\n{table(head, rows)}\n{note}\n")
     save()
-    text = (f"{STEPS} steps of 8 prompts x 8, learning rate 2e-3, {seeds} seeds, every weight 1; training samples, exponential mean over 20 steps; time (learning) "
-            "and memory (live bytes of learning) against published GDPO.")
+    text = (f"{STEPS} steps of 8 prompts x 8, learning rate 2e-3, {seeds} seeds, every weight 1; training samples, exponential mean over 20 steps; "
+            "time (learning) and memory (live bytes of learning) against published GDPO.")
     return f"# Balance\n{text}\n\n" + "\n".join(parts) + "\n![](balance.png)\n"
 
 

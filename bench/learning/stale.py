@@ -51,8 +51,9 @@ def report(seeds: int, workers: int, work: Path, results: Path) -> str:
              middle([r.evaluations[-1]["eval/reward"] for r in each])] for name, each in timed.items()]  # fmt: skip
     second = table(("two cores", "seconds a step", f"seconds to a held-out reward of {goal:.2f}", "at the end"), rows)
     ratio = [until(a, goal) / until(b, goal) for a, b in zip(*timed.values(), strict=True)]
-    return (f"# Stale and parallel\n{STEPS} steps of 8 prompts x 8, learning rate 2e-3, {seeds} seeds; median [lowest, highest]. k: updates between two times that the "
-            f"sampler gets the weights.\n\n{first}\n{second}\nTime in turn over time with a searcher, to that reward: {middle(ratio)}.\n\n![](stale.png)\n")
+    return (f"# Stale and parallel\n{STEPS} steps of 8 prompts x 8, learning rate 2e-3, {seeds} seeds; median [lowest, highest]. "
+            f"k: updates between two times that the sampler gets the weights.\n\n{first}\n{second}\n"
+            f"Time in turn over time with a searcher, to that reward: {middle(ratio)}.\n\n![](stale.png)\n")
 
 
 def until(result: Result, reward: float) -> float:

@@ -128,7 +128,10 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 COLOURS = ("#6b7280", "#2563eb", "#d97706", "#16a34a", "#9333ea", "#dc2626", "#0891b2")
 
 
-def bands(axis: Any, results: dict[str, list[Result]], get: Callable[[Result], Sequence[float]], title: str, x: Callable[[Result], Sequence[float]] | None = None) -> None:
+Curve = Callable[[Result], Sequence[float]]
+
+
+def bands(axis: Any, results: dict[str, list[Result]], get: Curve, title: str, x: Curve | None = None) -> None:
     """Median over seeds with the range behind it."""
     import numpy as np
 

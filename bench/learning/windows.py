@@ -74,5 +74,6 @@ def report(seeds: int, workers: int, work: Path, results: Path) -> str:
     ratios = [time_to(a, goal) / time_to(b, goal) for a, b in zip(found["PPO"], found["T-PPO"], strict=True)]
     trained = statistics.median(float(a[2].split()[0]) for a in rows[1:]) / float(rows[0][2].split()[0])
     head = ("", "idle share of slots", "tokens trained a second", f"seconds to a held-out reward of {goal:.2f}", "at the end")
-    return (f"# Windows\n{SLOTS} slots, responses of up to {LIMIT} tokens, windows of {WINDOW}; one thread, arms taking turns; {seeds} seeds, median [lowest, highest].\n\n"
-            f"{table(head, rows)}\nPPO's time over T-PPO's to that reward: {middle(ratios)}; tokens trained a second: {trained:.2f} times PPO's.\n\n![](windows.png)\n")
+    return (f"# Windows\n{SLOTS} slots, responses of up to {LIMIT} tokens, windows of {WINDOW}; one thread, arms taking turns; {seeds} seeds, "
+            f"median [lowest, highest].\n\n{table(head, rows)}\nPPO's time over T-PPO's to that reward: {middle(ratios)}; tokens trained a second: "
+            f"{trained:.2f} times PPO's.\n\n![](windows.png)\n")

@@ -154,8 +154,9 @@ class GDPO(Clipped):
     def alarms(self, first: Mapping[str, float], recent: Sequence[Mapping[str, float]]) -> Iterator[tuple[str, str]]:
         now = recent[-1]
         if now.get("steering/alarm", 0.0) > 0:
-            yield "unstable", (f"the rewards' gradients have entered an unstable region (coherence {now['steering/coherence']:.2f}, {now['steering/conflicts']:.0f} of "
-                               f"{now['steering/pairs']:.0f} pairs in conflict): the learning rate is halved for ten steps, each time anew")
+            yield "unstable", (f"the rewards' gradients have entered an unstable region (coherence {now['steering/coherence']:.2f}, "
+                               f"{now['steering/conflicts']:.0f} of {now['steering/pairs']:.0f} pairs in conflict): "
+                               "the learning rate is halved for ten steps, each time anew")
         skipped = sum(m.get("steering/rate", 1.0) == 0 for m in recent)
         if skipped >= 5:
             yield "skipped", (f"{skipped} of the last {len(recent)} updates were skipped because the rewards' gradients cancel: two rewards ask for opposites; "
@@ -166,7 +167,7 @@ def by_reward(found: Control, shape: Geometry) -> dict[str, float]:
     """Metrics of each reward (by its number) and each pair: `steering/<k>/weight`, `/norm` of its gradient, `/cosine` with the update,
     `steering/<i>-<j>/angle` (degrees) and `/wedge` (area that the two gradients span)."""
     profit = iter(found.after.p.tolist())
-    stats = {}
+    stats: dict[str, float] = {}
     for k, (weight, active, norm) in enumerate(zip(found.weights, found.active, shape.norms.tolist(), strict=True)):
         stats |= {f"steering/{k}/weight": weight, f"steering/{k}/norm": norm, f"steering/{k}/cosine": next(profit) if active else 0.0}
     for i, j in combinations(range(len(found.weights)), 2):

@@ -122,11 +122,12 @@ class GTPO(OnPolicy):
             return
         before, now = (m.get("gtpo/completion_entropy", 0.0) for m in (first, recent[-1]))
         if before <= self.threshold < now:
-            yield "collapse", (f"completions' mean entropy has risen from {before:.2f} to {now:.2f} nats, above algorithm.threshold={self.threshold:.2f}: "
-                               "accuracy usually falls next; stop here, or resume an earlier checkpoint with a lower optim.learning_rate or a larger algorithm.gamma")
+            yield "collapse", (f"completions' mean entropy has risen from {before:.2f} to {now:.2f} nats, above algorithm.threshold="
+                               f"{self.threshold:.2f}: accuracy usually falls next; stop here, or resume an earlier checkpoint with a lower "
+                               "optim.learning_rate or a larger algorithm.gamma")
         if len(recent) == 20 and all(m.get("gtpo/filtered_share", 0.0) > 0.5 for m in recent):
-            yield "filtered", (f"for 20 steps more than half of all completions have been left out for their entropy "
-                               f"(algorithm.threshold={self.threshold:.2f}): hardly anything is learned; raise the threshold, or set algorithm.threshold=auto in a new run")
+            yield "filtered", ("for 20 steps more than half of all completions have been left out for their entropy (algorithm.threshold="
+                               f"{self.threshold:.2f}): hardly anything is learned; raise the threshold, or set algorithm.threshold=auto in a new run")
 
 
 def conflict_runs(tokens: Tensor, mask: Tensor, advantage: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:

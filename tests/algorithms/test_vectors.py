@@ -136,3 +136,18 @@ def test_moments_leave_nan_out() -> None:
     mean, std = group_moments(torch.tensor([[1.0, torch.nan], [3.0, 4.0], [torch.nan, 5.0]]), torch.tensor([0, 0, 0]))
     torch.testing.assert_close(mean[0], torch.tensor([2.0, 4.5]))
     torch.testing.assert_close(std[0], torch.tensor([2.0**0.5, 0.5**0.5]))
+
+
+def test_outcome_advantages_of_another_code_base() -> None:
+    """verl's GRPO, and its RLOO, which is the centred reward times G / (G - 1)."""
+    known = {case.values[0]["tag"].split()[0]: case.values[0] for case in cases("advantage_baselines")}
+    given, found = known["RLOO"]["inputs"], known["verl"]["expected"]
+    rewards = torch.tensor(given["rewards"]).sum(1, keepdim=True)
+    mask = torch.tensor(given["mask"]).bool()
+    batch = a_batch(mask.long(), mask, rewards, torch.ones(1), torch.zeros(3).long())
+    for algorithm, factor, expected in (
+        (GRPO(advantage_epsilon=1e-6), 1.0, found["advantages"]),
+        (GRPO(scale_rewards="none"), 1.0, found["no_std"]),
+        (GRPO(scale_rewards="none"), 3 / 2, known["RLOO"]["expected"]["advantages"]),
+    ):
+        torch.testing.assert_close(factor * algorithm.advantage(batch)[:, None] * mask, torch.tensor(expected))

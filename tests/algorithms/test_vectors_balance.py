@@ -151,6 +151,68 @@ def test_conflict_filters(case: dict[str, Any], kind: Any) -> None:
     torch.testing.assert_close(algorithm.advantage(batch)[:, None] * mask, torch.tensor(expected[f"{kind}_advantages"]), rtol=1e-4, atol=1e-4)
 
 
+def test_a_penalty_that_falls_agrees_with_a_reward_that_rises() -> None:
+    rewards = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [0.0, 0.0]])
+    batch = a_batch(torch.ones(4, 2).long(), torch.ones(4, 2).bool(), rewards, torch.tensor([1.0, -1.0]), torch.zeros(4).long())
+    algorithm = GDPO(conflict_filter="hard")
+    kept, _ = algorithm.keep(algorithm.decoupled(batch) * batch.weights.sign(), batch)
+    assert kept.tolist() == [True, True, False, False]
+    assert algorithm.advantage(batch)[0] > 0 > algorithm.advantage(batch)[1]
+
+
+@pytest.mark.parametrize("off_policy", [False, True])
+def test_a_rewards_seeds_make_the_gradient_of_its_own_clipped_loss(off_policy: bool) -> None:
+    """The two-seed rule, reward by reward; and with weights as given, the sum over rewards is the published update."""
+    draw = torch.Generator().manual_seed(0)
+    rows, mask = 12, torch.ones(12, 4).bool()
+    logp, old = (-torch.rand(rows, 4, generator=draw, dtype=torch.float64) for _ in range(2))
+    weights = torch.tensor([1.0, 0.5, -0.7])
+    batch = a_batch(mask.long(), mask, torch.rand(rows, 3, generator=draw), weights, torch.arange(rows) // 4)
+    algorithm = GDPO(weighting="directed")
+    credit = algorithm.credit(batch, Readout(logp=old if off_policy else None))
+    assert credit.single is not None
+
+    def gradient_of(value: Any) -> torch.Tensor:
+        leaf = logp.clone().requires_grad_(True)
+        value(leaf).backward()
+        assert leaf.grad is not None
+        return leaf.grad
+
+    total = torch.zeros_like(logp)
+    for k in range(3):
+        alone = gradient_of(lambda leaf, k=k: algorithm.loss(batch, Readout(logp=leaf), credit._replace(advantage=credit.single[:, k])).value)
+        seeded = sum(
+            gradient_of(lambda leaf, i=i: algorithm.loss(batch, Readout(logp=leaf), credit).seeds[i].value) * seed.coefficients[:, k, None]
+            for i, seed in enumerate(algorithm.loss(batch, Readout(logp=logp), credit).seeds)
+        )
+        torch.testing.assert_close(seeded, alone)
+        total += weights[k].abs() * alone
+    if not off_policy:
+        fixed = GDPO().credit(batch, Readout())
+        torch.testing.assert_close(total, gradient_of(lambda leaf: GDPO().loss(batch, Readout(logp=leaf), fixed).value), rtol=1e-4, atol=1e-7)
+
+
+def test_tbrm_residual_moves_with_the_first_logits_alone() -> None:
+    (case,) = [c.values[0] for c in cases("tbrm_loss") if "shift" in c.values[0]["tag"]]
+    expected = case["expected"]
+    base, first, rest = (torch.tensor(expected[k]) for k in ("base", "shift_first", "shift_rest"))
+    torch.testing.assert_close(first - base, torch.full_like(base, 1.5))
+    torch.testing.assert_close(rest, base)
+    logits = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
+    ids = torch.tensor([[0, 1, 2], [3, 4, 0]])
+    batch = a_batch(ids, torch.ones(2, 3).bool(), torch.ones(2, 1), torch.ones(1), torch.arange(2))
+
+    def residual(shift: torch.Tensor) -> float:
+        moved = logits + shift[None, :, None]
+        read = Readout(logp=moved.log_softmax(-1).gather(2, ids[..., None]).squeeze(2), lse=moved.logsumexp(-1))
+        credit = TBRM(beta=0.5).credit(batch, Readout(ref=torch.zeros(2, 3)))
+        return TBRM(beta=0.5).loss(batch, read, credit).stats["tbrm/residual_mean"].item()
+
+    at = residual(torch.zeros(3))
+    assert residual(torch.tensor([1.5, 0.0, 0.0])) == pytest.approx(at + 1.5, abs=1e-5)
+    assert residual(torch.tensor([0.0, 1.5, 1.5])) == pytest.approx(at, abs=1e-5)
+
+
 # -- the optimum: pi_ref exp(r / beta) -----------------------------------------------------------------------------------------
 
 REWARDS, LOG_REF = torch.tensor([1.0, 0.0, 0.5, 0.2]), torch.tensor([0.1, 0.4, 0.2, 0.3]).log()
