@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bench.learning.trials import ROOT, Result, Trial, bands, middle, picture, run_all, table
+from bench.learning.trials import ROOT, Result, Trial, bands, first_at, middle, picture, run_all, steps_to, table
 
 OWN = f"{ROOT}/bench/learning/rewards.py"
 CORRECT, FORMAT = '{function="numeric_answer", name="correct"}', f'"{OWN}:slight_format"'
 SHORT = f'{{function="{OWN}:slight_brevity", given="correct"}}'
 SETS = {2: ("correct", "slight_format"), 3: ("correct", "slight_format", "slight_brevity")}
 SETTINGS = {2: f"rewards.functions=[{CORRECT}, {FORMAT}]", 3: f"rewards.functions=[{CORRECT}, {FORMAT}, {SHORT}]"}
+SOON = {"correct": 0.75, "slight_format": 0.09, "slight_brevity": 0.042}
 NAMES = ("grpo", "gdpo")
 
 
@@ -27,8 +28,12 @@ def report(seeds: int, workers: int, work: Path, results: Path) -> str:
         bands(axes[2 * place], found, lambda r: r.curve("rewards/correct/mean"), f"{count} rewards: correct")
         quiet = names[-1]
         bands(axes[2 * place + 1], found, lambda r, quiet=quiet: r.curve(f"rewards/{quiet}/mean"), f"{count} rewards: {quiet} (of 0.1)")
-        rows = [[name, *(middle([loud(r, n) for r in each]) for n in names)] for name, each in found.items()]
-        parts.append(table(("held out", *(f"{n} (times 10)" if n.startswith("slight") else n for n in names)), rows))
+        rows = []
+        for name, each in found.items():
+            soon = [steps_to([first_at(r.curve(f"rewards/{n}/mean"), SOON[n]) for r in each]) for n in names]
+            rows.append([name, *(middle([loud(r, n) for r in each]) for n in names), *soon])
+        parts.append(table(("held out, at the end", *(f"{n} (times 10)" if n.startswith("slight") else n for n in names),
+                            *(f"steps to {n} {SOON[n]:g}" for n in names)), rows))  # fmt: skip
     save()
     text = f"80 steps of 8 prompts x 8, learning rate 2e-3, {seeds} seeds; median [lowest, highest] on held-out prompts."
     return f"# Apart\n{text}\n\n" + "\n".join(parts) + "\n![](apart.png)\n"

@@ -38,6 +38,10 @@ SETTING: Mapping[str, str] = {
 }
 """Where the settings say what a sentence of ours recommends."""
 
+PASS_TOKENS = 256
+"""What a forward and backward pass costs besides its tokens, in tokens: every weight is unpacked once."""
+
+
 class DoesNotFit(UserError):
     """The card is too small for what is asked; the sentence names the phase, its largest lines, and a way out."""
 
@@ -134,18 +138,13 @@ class MemoryPlan:
         return "the machine" if self.card.device == "cpu" else "the card"
 
     def split(self, sequence_length: Tensor) -> list[Tensor]:
-        """The rows of each micro-batch: longest first, as many as their padded tokens allow, each row in exactly one.
+        """The rows of each micro-batch, longest first, each row in exactly one: the cheapest way to cut the sorted rows.
 
-        sequence_length (B,) int64 -> int64 tensors on its device. rows * longest <= `micro_batch_tokens`, but a longer row goes alone.
+        sequence_length (B,) int64 -> int64 tensors on its device. rows * longest <= `micro_batch_tokens`, but a longer row goes alone. A pass
+        costs its padded tokens and as much again as `PASS_TOKENS` of them, so that a few long rows do not have short ones padded to their length.
         """
         order = sequence_length.argsort(descending=True, stable=True)
-        longest = sequence_length[order].tolist()
-        parts, start = [], 0
-        while start < len(longest):
-            end = min(len(longest), start + max(1, self.micro_batch_tokens // max(1, longest[start])))
-            parts.append(order[start:end])
-            start = end
-        return parts
+        return [order[start:end] for start, end in cheapest_cuts(sequence_length[order].tolist(), self.micro_batch_tokens)]
 
     @property
     def unit(self) -> str:
@@ -177,6 +176,26 @@ class MemoryPlan:
     def to_json(self) -> str:
         """The same as text."""
         return json.dumps(self.to_dict(), indent=2)
+
+
+def cheapest_cuts(lengths: Sequence[int], most: int) -> list[tuple[int, int]]:
+    """Consecutive parts of `lengths` (falling), (start, end) each: the least sum of rows * longest + PASS_TOKENS, with rows * longest <= `most`.
+
+    >>> cheapest_cuts([400, 380, 40, 40, 30], 4096), cheapest_cuts([60, 50, 40], 4096), cheapest_cuts([60, 50, 40], 100)
+    ([(0, 2), (2, 5)], [(0, 3)], [(0, 1), (1, 3)])
+    """
+    count = len(lengths)
+    best, end_of = [0] * (count + 1), [0] * count                  # from a row to the end: cost, and where its part ends
+    for start in reversed(range(count)):
+        widest = min(count, start + max(1, most // max(1, lengths[start])))
+        costs = ((end - start) * lengths[start] + PASS_TOKENS + best[end] for end in range(start + 1, widest + 1))
+        best[start], end_of[start] = min((cost, -end) for end, cost in enumerate(costs, start + 1))
+        end_of[start] = -end_of[start]
+    cuts, start = [], 0
+    while start < count:
+        cuts.append((start, end_of[start]))
+        start = end_of[start]
+    return cuts
 
 
 def make_plan(

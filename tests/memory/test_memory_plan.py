@@ -19,7 +19,7 @@ from rich.console import Console
 from localrl.memory import activations
 from localrl.memory.cards import GIB
 from localrl.memory.knobs import KNOBS, largest
-from localrl.memory.plan import SETTING, DoesNotFit, MemoryPlan
+from localrl.memory.plan import PASS_TOKENS, SETTING, DoesNotFit, MemoryPlan
 from localrl.memory.show import Bars, cards_table, plan_table
 from localrl.memory.work import PHASES, Choice
 from localrl.policy import head
@@ -242,8 +242,15 @@ def test_split_takes_every_row_once_and_keeps_to_the_budget(lengths: list[int], 
     tops = [int(rows[part].max()) for part in parts]
     assert tops == sorted(tops, reverse=True)                       # longest first: if memory runs out, it does at once
     assert [part.tolist() for part in parts] == [part.tolist() for part in plan.split(rows)]
-    for one, other in pairwise(parts):                       # no part could have taken the next row as well
-        assert (len(one) + 1) * max(1, int(rows[one].max())) > budget and len(other)
+    for one, other in pairwise(parts):                       # no two parts would be cheaper as one
+        together = (len(one) + len(other)) * int(rows[one].max())
+        apart = len(one) * int(rows[one].max()) + len(other) * int(rows[other].max()) + PASS_TOKENS
+        assert together > budget or together >= apart
+
+
+def test_split_does_not_pad_short_rows_to_the_longest() -> None:
+    parts = a_plan(MODELS["Qwen3-4B"], micro_batch_tokens=8192).split(torch.tensor([40] * 14 + [400, 390]))
+    assert [sorted(part.tolist()) for part in parts] == [[14, 15], list(range(14))]
 
 
 def test_split_is_a_step_in_few_parts() -> None:
