@@ -24,10 +24,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from localrl.batch import Prompt, Request
-from localrl.config import AdapterSettings, ModelSettings, RolloutSettings
 from localrl.engines.torch import TorchEngine
 from localrl.policy.load import attach, load_base, load_tokenizer
 from localrl.quiet import quiet_libraries
+from localrl.sections import AdapterSettings, ModelSettings, RolloutSettings
 
 CASES: dict[str, dict[str, Any]] = {
     "1M": {

@@ -124,7 +124,8 @@ def run_localrl(model: Path, shape: dict[str, int], reward: str, steps: int, qua
     """Ours, through the same room that the command line uses."""
     from localrl.config import build
     from localrl.interrupt import Interrupts
-    from localrl.run import assemble, open_rewards, prepare
+    from localrl.prepare import open_rewards, prepare
+    from localrl.run import assemble
     from localrl.train import train
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -144,17 +145,19 @@ def run_localrl(model: Path, shape: dict[str, int], reward: str, steps: int, qua
                 if name == "rollout":
                     times.append(time.process_time())
 
-            def step(self, step: int, metrics: dict[str, float], rollouts: list[Any]) -> None:
+            def step(self, step: int, metrics: dict[str, float], *_: Any) -> None:
                 rewards.append(metrics["reward"])
                 lengths.append(metrics["completions/mean_length"])
 
             def rest(self, step: int) -> None: ...
+            def say(self, text: str) -> None: ...
+            def part(self, done: int, total: int) -> None: ...
 
         prepared = prepare(run, lambda text: None)
-        with open_rewards(run, prepared.data) as workers, Interrupts() as interrupts:
-            session = assemble(prepared, workers)
+        timer = Timer()
+        with open_rewards(run, prepared.data) as workers, assemble(prepared, workers, timer) as room, Interrupts() as interrupts:
             loaded = resident()
-            train(session, Timer(), interrupts)
+            train(room.session, timer, interrupts)
             times.append(time.process_time())
         return report(times, rewards, lengths, shape, loaded)
 

@@ -78,7 +78,8 @@ def train(
       localrl train --from-log answers.jsonl model.path=Qwen/Qwen3-4B steps=200
     """
     from localrl.config import load_run
-    from localrl.run import anchor, check_run, train_run
+    from localrl.prepare import anchor, check_run
+    from localrl.run import train_run
 
     given = [*(_from_log(from_log, bare=not (preset or config)) if from_log else ()), *(overrides or [])]
     run = load_run(preset or (None if config or from_log else "demo"), config, given)
@@ -127,7 +128,7 @@ def plan(
 ) -> None:
     """What every phase of a run will need, before anything loads; from the model's config alone."""
     from localrl.config import load_run
-    from localrl.run import plan_for_card
+    from localrl.prepare import plan_for_card
 
     run = load_run(preset or (None if config else "demo"), config, overrides or [])
     cards = [c.strip() for c in card.split(",")] if card else [None]

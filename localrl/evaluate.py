@@ -10,8 +10,8 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from localrl.batch import Prompt, Request, Rollout
-from localrl.config import EvalSettings, RolloutSettings
 from localrl.rewards import Scores
+from localrl.sections import EvalSettings, RolloutSettings
 
 EVAL_VERSION = 2**31 - 1
 """Stands for the step in the random stream, so that every evaluation of a run draws the same numbers and none of training's."""

@@ -20,9 +20,9 @@ from localrl.export import Export, Sample, export
 from localrl.folder import find_checkpoint, read_lines, read_run, verify_checkpoint
 from localrl.policy.adapters import using
 from localrl.policy.policy import Policy
+from localrl.prepare import Prepared, open_rewards, prepare
 from localrl.record import Display
 from localrl.rewards import LoggedRewards
-from localrl.run import Prepared, open_rewards, prepare
 from localrl.settings import UserError
 
 What = Literal["merged", "adapter", "base"]

@@ -86,10 +86,9 @@ def one_step(session: Session, step: int, clock: Clock, interrupts: Interrupts) 
 def gather(session: Session, step: int, clock: Clock) -> list[Rollout]:
     """Ask for rollouts and score them until the buffer has a step together. A buffer that needs nothing asks for nothing."""
     engine, buffer = session.engine, session.buffer
-    with clock("rollout"):
-        engine.follow(session.policy.save_weights, step)
     while True:
         with clock("rollout"):
+            engine.follow(session.policy.save_weights, step)
             rollouts = engine.generate(buffer.requests(step), step)
         with clock("rewards"):
             rollouts = session.rewards.score(rollouts)

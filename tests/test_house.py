@@ -15,13 +15,13 @@ ROOT = Path(__file__).parent.parent / "localrl"
 # A room imports from rooms of lower floors, and from itself. Rooms of one floor do not know each other unless listed below.
 FLOORS = [
     {"__init__", "settings", "quiet", "interrupt"},
-    {"batch", "algebra"},
+    {"batch", "algebra", "sections"},
     {"algorithms", "rewards", "data"},
     {"config"},
     {"folder", "memory", "metrics", "health", "evaluate", "buffer"},
     {"policy", "engines", "export"},
     {"train", "chat", "doctor", "display", "plots"},
-    {"record", "talk"},
+    {"record", "talk", "prepare"},
     {"run"},
     {"outcome"},
     {"demo"},

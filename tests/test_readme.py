@@ -15,7 +15,7 @@ import torch
 
 from localrl.cli import main
 from localrl.folder import checkpoints, read_lines
-from localrl.run import DEMO_DATA
+from localrl.prepare import DEMO_DATA
 
 README = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
 TUTORIAL = README[README.index("## Tutorial") : README.index("## What lies where")]

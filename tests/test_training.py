@@ -20,7 +20,8 @@ from localrl.cli import main
 from localrl.config import build, load_run, presets
 from localrl.folder import checkpoints, read_lines, read_run
 from localrl.interrupt import Interrupts
-from localrl.run import anchor, assemble, open_rewards, prepare
+from localrl.prepare import anchor, open_rewards, prepare
+from localrl.run import assemble
 from localrl.train import train
 from tests.policy.test_policy import hash_of_base
 

@@ -30,7 +30,7 @@ STEPS = 60
 def trials(names: tuple[str, ...]) -> list[Trial]:
     """One for each method."""
     functions = ", ".join(BUILT_IN.get(name, f'"{OWN}:{name}"') for name in names)
-    common = (f"steps={STEPS}", "optim.learning_rate=2e-3", f"rewards.functions=[{functions}]")
+    common = (f"steps={STEPS}", "optim.learning_rate=1e-3", "rollout.prompts_per_step=16", f"rewards.functions=[{functions}]")
     return [Trial(f"{method} K={len(names)}", (*common, *settings)) for method, settings in METHODS.items()]
 
 
@@ -89,7 +89,7 @@ def report(seeds: int, workers: int, work: Path, results: Path) -> str:
         note = f"Dispersion was at least 0.7 after steering in {kept:.0%} of all steps."
         parts.append(f"## {len(names)} rewards: {', '.join(names)}\n{table(head, rows)}\n{note}\n")
     save()
-    text = (f"{STEPS} steps of 8 prompts x 8, learning rate 2e-3, {seeds} seeds, every weight 1; training samples, exponential mean over 20 steps; "
+    text = (f"{STEPS} steps of 16 prompts x 8, learning rate 1e-3, {seeds} seeds, every weight 1; training samples, exponential mean over 20 steps; "
             "time (learning) and memory (live bytes of learning) against published GDPO.")
     return f"# Balance\n{text}\n\n" + "\n".join(parts) + "\n![](balance.png)\n"
 

@@ -11,7 +11,8 @@ import torch
 from bench.learning.trials import COMMON
 from localrl.config import load_run
 from localrl.interrupt import Interrupts
-from localrl.run import anchor, assemble, open_rewards, prepare
+from localrl.prepare import anchor, open_rewards, prepare
+from localrl.run import assemble
 from localrl.train import train
 from tests.memory.tracker import StorageTracker
 

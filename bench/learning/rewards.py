@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from typing import Any
 
@@ -66,3 +67,12 @@ def commas(completions: Completions, **_: Any) -> list[float]:
 def names_tens(completions: Completions, **_: Any) -> list[float]:
     """Speaks of ones and tens."""
     return [0.5 * ("ones" in text.lower()) + 0.5 * ("tens" in text.lower()) for text in texts(completions)]
+
+
+def noisy_judge(completions: Completions, answer: list[str], **_: Any) -> list[float]:
+    """Half a point for the right number somewhere, and a mood that spreads much wider: a judge as people have them. The same text, the same mood."""
+    scores = []
+    for text, right in zip(texts(completions), answer, strict=True):
+        mood = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") / 2**32
+        scores.append(0.5 * (right in re.findall(r"\d+", text)) + 4 * (mood - 0.5))
+    return scores

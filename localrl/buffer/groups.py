@@ -14,7 +14,7 @@ from typing import Any
 from localrl.batch import Request, Rollout
 from localrl.buffer.base import numbered, side_by_side, totals
 from localrl.buffer.prompts import PromptStream
-from localrl.config import RolloutSettings
+from localrl.sections import RolloutSettings
 
 Group = list[Rollout]
 

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 from localrl.batch import Prompt, Request, Rollout
 from localrl.buffer.prompts import PromptStream
-from localrl.config import RolloutSettings
 from localrl.data import CHUNK, PromptData, Tokenizer
 from localrl.data.tables import shown
+from localrl.sections import RolloutSettings
 from localrl.settings import UserError
 
 COLUMNS = frozenset({"response", "completion", "rewards", "reward", "done"})

@@ -21,7 +21,7 @@ from localrl.batch import Request, Rollout
 from localrl.buffer.base import from_row, side_by_side, to_row, totals
 from localrl.buffer.keep import Kept, merge, pick, take_turn
 from localrl.buffer.prompts import PromptStream
-from localrl.config import ReplaySettings, RolloutSettings
+from localrl.sections import ReplaySettings, RolloutSettings
 from localrl.settings import UserError
 
 PATIENCE = 20

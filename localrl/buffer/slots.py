@@ -14,7 +14,7 @@ from typing import Any
 from localrl.batch import Request, Rollout
 from localrl.buffer.base import from_row, known, side_by_side, to_row
 from localrl.buffer.prompts import PromptStream
-from localrl.config import RolloutSettings
+from localrl.sections import RolloutSettings
 
 Key = tuple[int, int]
 """Prompt and sample: no two live rollouts share both."""

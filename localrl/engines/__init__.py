@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from localrl.batch import Request, Rollout
-    from localrl.config import RolloutSettings
+    from localrl.sections import RolloutSettings
 
 
 class Engine(Protocol):

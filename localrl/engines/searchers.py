@@ -27,10 +27,11 @@ from types import TracebackType
 from typing import NamedTuple
 
 from localrl.batch import Request, Rollout
-from localrl.config import RolloutSettings, Run
+from localrl.config import Run
 from localrl.engines.searcher import groups_of
 from localrl.rewards.process import has_exited
 from localrl.rewards.wire import HEAD, Message, frame, unframe
+from localrl.sections import RolloutSettings
 from localrl.settings import UserError
 
 DEPTH = 2

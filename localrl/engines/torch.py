@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from localrl.batch import Request, Rollout
-from localrl.config import RolloutSettings
 from localrl.engines.cache import Cache
 from localrl.engines.decoder import Decoder, misfit
 from localrl.engines.generic import OwnForward, decoding
@@ -22,6 +21,7 @@ from localrl.engines.graph import Replayed, capturable
 from localrl.engines.sampling import Sampler, stream_keys
 from localrl.engines.stops import StopStrings, end_table, end_tokens
 from localrl.engines.wave import Finished, Wave
+from localrl.sections import RolloutSettings
 from localrl.settings import UserError
 
 FOLD = {"cpu": 0.9, "cuda": 0.75}
@@ -84,10 +84,13 @@ class TorchEngine:
         self.model, self.tokenizer, self.settings, self.seed, self.progress = model, tokenizer, settings, seed, progress
         self.stats = Stats(0, 0, 0, 0, 0.0, 0.0)
         self._calls: list[Stats] = []
+        self._version = -1
 
     def follow(self, save_weights: Callable[[Path], None], version: int) -> None:
-        """A new step begins. The weights are live: there is nothing to fetch."""
-        self._calls.clear()
+        """The weights are live: there is nothing to fetch. Another version is another step."""
+        if version != self._version:
+            self._version = version
+            self._calls.clear()
 
     def metrics(self) -> dict[str, float]:
         """Of the step so far: `rollout/tokens` written, `rollout/passes` of one token a row, and `rollout/idle_share`: of the rows in those passes,

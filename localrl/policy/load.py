@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from localrl.config import AdapterSettings, ModelSettings
+from localrl.sections import AdapterSettings, ModelSettings
 from localrl.settings import UserError
 
 DEMO_MODEL = Path(__file__).parent.parent / "demo" / "model"

@@ -10,7 +10,7 @@ import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
 
-from localrl.config import OptimSettings
+from localrl.sections import OptimSettings
 from localrl.settings import UserError
 
 NamedParameters = list[tuple[str, nn.Parameter]]

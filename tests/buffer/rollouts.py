@@ -10,7 +10,7 @@ from typing import Any
 
 from localrl.batch import Prompt, Request, Rollout
 from localrl.buffer import Buffer, PromptStream
-from localrl.config import RolloutSettings
+from localrl.sections import RolloutSettings
 
 
 def stream(count: int, seed: int = 0, shuffle: bool = True) -> PromptStream:

@@ -9,7 +9,8 @@ import pytest
 from localrl.algorithms import ALGORITHMS
 from localrl.batch import Prompt
 from localrl.buffer import GroupBuffer, LogBuffer, ReplayBuffer, SlotBuffer, make_buffer
-from localrl.config import ReplaySettings, Run, SearchSettings, build
+from localrl.config import Run, build
+from localrl.sections import ReplaySettings, SearchSettings
 from localrl.settings import UserError
 from tests.buffer.rollouts import rollout, settings
 

@@ -15,7 +15,7 @@ import pytest
 from localrl.batch import Request
 from localrl.buffer import ReplayBuffer
 from localrl.buffer.keep import Kept, merge, pick, probabilities, take_turn
-from localrl.config import ReplaySettings
+from localrl.sections import ReplaySettings
 from localrl.settings import UserError
 from tests.buffer.rollouts import goes_on_alike, one_step, rollout, sample, settings, stream
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from localrl.batch import Prompt, Request, Rollout
-from localrl.config import AdapterSettings, ModelSettings, RolloutSettings
 from localrl.engines.torch import TorchEngine
 from localrl.policy.load import attach, load_base, load_tokenizer
+from localrl.sections import AdapterSettings, ModelSettings, RolloutSettings
 
 
 def load(folder: Path, quantization: str = "nf4", dtype: str = "float32", adapter: bool = True) -> tuple[Any, Any]:

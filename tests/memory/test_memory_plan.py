@@ -258,6 +258,23 @@ def test_split_is_a_step_in_few_parts() -> None:
     assert [part.tolist() for part in parts] == [[1, 3], [0, 4, 2, 5]]
 
 
+@pytest.mark.parametrize("name", TOKENS)
+@pytest.mark.parametrize("gradients", [2, 5, 12])
+@pytest.mark.parametrize("rank", [8, 16, 64])
+def test_gradients_kept_apart_cost_a_tenth_at_most(name: str, gradients: int, rank: int) -> None:
+    without = a_plan(MODELS[name], lora_r=rank)
+    plan = a_plan(MODELS[name], lora_r=rank, gradients=gradients)
+    fixed = {knob.name: knob.value for knob in plan.knobs if knob.name != "directions"}
+    same = a_plan(MODELS[name], lora_r=rank, **fixed)                # the knobs that the larger need has led to
+    assert max(plan.phases.values()) <= 1.1 * max(same.phases.values())
+    assert plan.fits or not without.fits
+    (knob,) = [knob for knob in plan.knobs if knob.name == "directions"]
+    assert str(gradients) in knob.reason
+    asked = a_plan(MODELS[name], lora_r=rank, gradients=gradients, directions="float32")
+    assert asked.directions == "float32"
+    assert max(asked.phases.values()) >= max(same.phases.values())
+
+
 def test_plain_values() -> None:
     plan = a_plan(MODELS["Qwen3-8B"])
     told = json.loads(plan.to_json())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,39 @@ def test_columns_are_those_of_the_model_at_the_right_place(make_model: Callable[
                 torch.testing.assert_close(readout.entropy[i, :length], -(scores.exp() * scores).sum(1), rtol=1e-4, atol=2e-5)
                 torch.testing.assert_close(readout.lse[i, :length], logits.logsumexp(1), rtol=1e-4, atol=2e-5)
         assert not readout.logp[i, length:].any()
+
+
+def test_a_window_reads_its_own_tokens_and_the_critic_all(make_model: Callable[..., Path]) -> None:
+    """Earlier tokens are context for the policy: no logits are made of them. Values are wanted of every token."""
+    policy, batch = a_policy(a_run(make_model()), critic=True), a_batch()
+    assert policy.critic is not None
+    torch.nn.init.normal_(policy.critic.weight)
+    fresh = batch.mask & (torch.arange(batch.mask.shape[1]) >= 2)
+    whole, part = policy.read(batch, {"logp", "value", "ref"}), policy.read(replace(batch, fresh=fresh), {"logp", "value", "ref"})
+    for name in ("logp", "ref"):
+        torch.testing.assert_close(getattr(part, name), getattr(whole, name) * fresh, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(part.value, whole.value, rtol=1e-5, atol=1e-6)
+    assert (part.value != 0)[batch.mask].all()
+
+
+def test_a_stored_reference_is_not_read_again(make_model: Callable[..., Path]) -> None:
+    policy, batch = a_policy(a_run(make_model())), a_batch()
+    stored = torch.full(batch.mask.shape, -3.0) * batch.mask
+    assert policy.read(replace(batch, ref=stored), {"ref"}).ref is stored
+
+
+def test_critic_and_policy_have_rates_and_norms_of_their_own(make_model: Callable[..., Path]) -> None:
+    run = a_run(make_model(), optim={"learning_rate": 1e-3, "critic_learning_rate": 1e-2, "max_grad_norm": 0.5})
+    policy, batch = a_policy(run, critic=True), a_batch()
+    readout = policy.read(batch, {"logp", "value"})
+    (readout.logp.sum() + 100 * (readout.value - 1).square().sum()).backward()
+    found = policy.update(rate=0.5)
+    assert [group["lr"] for group in policy.optimizer.param_groups] == pytest.approx([5e-4, 5e-3])
+    assert found["critic_grad_norm"] != found["grad_norm"]
+    before = {n: p.detach().clone() for n, p in policy.trainable()}
+    policy.read(batch, {"logp"}).logp.sum().backward()
+    policy.update(rate=0.0)                                          # what a controller asks for where gradients cancel
+    assert all(torch.equal(p, before[n]) for n, p in policy.trainable())
 
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
