@@ -17,7 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from localrl.algebra import group_moments, k3, ratio_to, standardise, weighted_total
+from localrl.algebra import group_moments, k3, standardise, weighted_total
 from localrl.algorithms.advantages import whiten
 from localrl.algorithms.base import Steering
 from localrl.algorithms.grpo import Clipped, Credit
@@ -123,13 +123,13 @@ class GDPO(Clipped):
 
     def loss(self, batch: Batch, readout: Readout, credit: Credit) -> Loss:
         loss = super().loss(batch, readout, credit)
-        return loss._replace(seeds=self._seeds(readout, credit)) if self.weighting == "directed" else loss
+        return loss._replace(seeds=self._seeds(batch, readout, credit)) if self.weighting == "directed" else loss
 
-    def _seeds(self, readout: Readout, credit: Credit) -> tuple[Seed, ...]:
+    def _seeds(self, batch: Batch, readout: Readout, credit: Credit) -> tuple[Seed, ...]:
         """All rewards' gradients from at most two backward passes, for clipping looks at an advantage's sign only; KL is a direction of its own."""
         assert readout.logp is not None
         assert credit.single is not None
-        ratio, none = ratio_to(readout.logp, credit.old), credit.single.new_zeros(len(credit.single), int(self.beta > 0))
+        ratio, none = self.ratio(readout.logp, credit.old, batch.fresh), credit.single.new_zeros(len(credit.single), int(self.beta > 0))
         if credit.old is None:                                                   # the ratio is 1: nothing is clipped
             seeds = [Seed(-(credit.share * ratio).sum(), torch.cat([credit.single, none], 1))]
         else:

@@ -1,7 +1,7 @@
 """GRPO: a rollout is good if its reward is above its group's mean. No critic.
 
 Paper: DeepSeekMath, arXiv 2402.03300, section 4.1. Variants by settings: Dr. GRPO (arXiv 2503.20783): share = fixed_length,
-scale_rewards = none; DAPO (arXiv 2503.14476): share = token_mean, epsilon_high = 0.28, rollout.dynamic_sampling = true.
+scale_rewards = none; DAPO (arXiv 2503.14476): share = token_mean, epsilon_high = 0.28, rollout.dynamic_sampling = true; GSPO: ratio_level = sequence.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from localrl.algebra import ShareName, group_moments, k3, ratio_to, weighted_total
+from localrl.algebra import ShareName, group_moments, k3, mean_per_row, ratio_to, weighted_total
 from localrl.algorithms.base import Columns
 from localrl.algorithms.on_policy import OnPolicy
 from localrl.batch import Batch, Loss, Readout
@@ -40,6 +40,8 @@ class Clipped(OnPolicy):
     """How far above 1 it may push; DAPO takes 0.28. Unset: the same as epsilon."""
     beta: float = Field(0.0, ge=0)
     """Weight of the KL penalty (k3) against the reference, the base without its adapter. 0: no reference pass."""
+    ratio_level: Literal["token", "sequence"] = "token"
+    """Clip each token's probability ratio, or the whole response's geometric mean (GSPO, arXiv 2507.18071; its clip range is about 4e-4)."""
     share: ShareName = "token_mean"
     """How tokens are weighed: sequence_mean (GRPO's paper), token_mean (DAPO), fixed_length (Dr. GRPO)."""
 
@@ -49,6 +51,11 @@ class Clipped(OnPolicy):
     def clip(self) -> tuple[float, float]:
         """The ratio's bounds."""
         return 1 - self.epsilon, 1 + (self.epsilon_high or self.epsilon)
+
+    def ratio(self, logp: Tensor, old: Tensor | None, fresh: Tensor) -> Tensor:
+        """(B, T) probability of each token now, over its probability when the step began; or of its response, the same for all its tokens."""
+        ratio = ratio_to(logp, old)
+        return ratio if self.ratio_level == "token" else mean_per_row(ratio.log(), fresh).exp()[:, None].expand_as(ratio)
 
     @property
     def reads_during(self) -> Columns:
@@ -63,7 +70,7 @@ class Clipped(OnPolicy):
 
     def loss(self, batch: Batch, readout: Readout, credit: Credit) -> Loss:
         assert readout.logp is not None
-        ratio = ratio_to(readout.logp, credit.old)
+        ratio = self.ratio(readout.logp, credit.old, batch.fresh)
         (low, high), advantage = self.clip, credit.advantage[:, None]
         per_token = -torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
         clipped = ((ratio < low) & (advantage < 0)) | ((ratio > high) & (advantage > 0))

@@ -15,7 +15,8 @@ from localrl.algorithms.base import Algorithm
 from localrl.batch import COLUMNS, Batch, Readout, rows_of
 
 VARIANTS: dict[str, list[dict[str, Any]]] = {
-    "grpo": [{"beta": 0.1, "share": "sequence_mean"}, {"scale_rewards": "batch", "share": "fixed_length"}, {"correction": "truncate"}, {"correction": "mask"}],
+    "grpo": [{"beta": 0.1, "share": "sequence_mean"}, {"scale_rewards": "batch", "share": "fixed_length"}, {"correction": "truncate"}, {"correction": "mask"},
+             {"ratio_level": "sequence"}],
     "gdpo": [{"conflict_filter": "hard"}, {"conflict_filter": "snr", "normalise": "tokens"}, {"weighting": "directed", "beta": 0.1}],
     "gtpo": [{"variant": "official", "threshold": 0.7}, {"correction": "truncate"}],
     "ppo": [{"kl_coef": 0.1, "lm_coef": 0.1, "gamma": 0.9, "share": "sequence_mean"}, {"correction": "truncate", "dual_clip": 3.0, "critic_lambda": 0.9}],

@@ -50,12 +50,12 @@ def test_advantages(case: dict[str, Any]) -> None:
             torch.testing.assert_close(advantage, torch.tensor([float(v) for v in expected[name]]), rtol=1e-5, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("case", [c for c in cases("grpo_family_losses") if "level" not in c.values[0]["inputs"]])
+@pytest.mark.parametrize("case", cases("grpo_family_losses"))
 def test_clipped_losses_and_their_gradients(case: dict[str, Any]) -> None:
     given, expected = case["inputs"], case["expected"]
     mask = torch.tensor(given["mask"]).bool()
     share = {"grpo": "sequence_mean", "dapo": "token_mean", "bnpo": "token_mean", "dr_grpo": "fixed_length"}[given["lt"]]
-    algorithm = GRPO(share=share, epsilon_high=given.get("eh"), beta=given.get("beta", 0.0))
+    algorithm = GRPO(share=share, epsilon_high=given.get("eh"), beta=given.get("beta", 0.0), ratio_level=given.get("level", "token"))
     rows = len(mask)
     batch = a_batch(mask.long(), mask, torch.zeros(rows, 1), torch.ones(1), torch.zeros(rows).long())
     credit = algorithm.credit(batch, Readout(logp=torch.tensor(given["old_logp"])))
