@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from localrl.algebra import group_moments, token_mean, weighted_total
-from localrl.batch import Batch
+from localrl.batch import Batch, Readout
 
 Metrics = dict[str, float]
 
@@ -86,6 +86,13 @@ def mismatch(batch: Batch, logp: Tensor) -> Metrics:
     `sampler/kl` (k3 estimate of KL(sampler || policy)), `sampler/age` (updates since).
     (B, T) -> numbers."""
     return {name: value.item() for name, value in mismatch_sums(batch, logp, token_mean(batch.fresh)).items()}
+
+
+def entropy_and_mismatch(part: Batch, readout: Readout, share: Tensor) -> dict[str, Tensor]:
+    """A micro-batch's share of the step's mean `entropy` (nats a token) and of `mismatch`, where they can be known. `share` (B, T) sums to 1 over the step."""
+    if readout.logp is None or readout.entropy is None:
+        return {}
+    return {"entropy": (share * readout.entropy.detach()).sum(), **mismatch_sums(part, readout.logp.detach(), share)}
 
 
 def mismatch_sums(part: Batch, logp: Tensor, share: Tensor) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from localrl.config import Run
 from localrl.engines import Engine
 from localrl.interrupt import Interrupts
 from localrl.memory.plan import MemoryPlan
-from localrl.metrics import Clock, Metrics, describe, mismatch, mismatch_sums
+from localrl.metrics import Clock, Metrics, describe, entropy_and_mismatch, mismatch
 from localrl.policy.policy import Policy
 from localrl.rewards import Scores
 
@@ -132,14 +132,16 @@ def accumulate(algorithm: Algorithm, policy: Policy, batch: Batch, credit: Any, 
     for rows in parts:
         part = batch[rows]
         width = part.tokens.shape[1]
-        readout = policy.read(part, algorithm.reads_during | {"entropy"})
-        loss = algorithm.loss(part, readout, rows_of(credit, rows, width))
-        policy.backward(loss)
-        assert readout.entropy is not None
-        share = weight[rows, :width]
-        seen = {"loss": loss.value.detach(), "entropy": (share * readout.entropy.detach()).sum(), **loss.stats}
-        if readout.logp is not None:
-            seen |= mismatch_sums(part, readout.logp.detach(), share)
-        for name, value in seen.items():
-            stats[name] = stats[name] + value if name in stats else value
+        share, own = weight[rows, :width], rows_of(credit, rows, width)
+        for columns in algorithm.readings:
+            for name, value in one_reading(algorithm, policy, part, own, columns, share).items():
+                stats[name] = stats[name] + value if name in stats else value
     return {name: value.item() for name, value in stats.items()}
+
+
+def one_reading(algorithm: Algorithm, policy: Policy, part: Batch, credit: Any, columns: frozenset[str], share: Tensor) -> dict[str, Tensor]:
+    """Forward and backward; when it returns, nothing of the graph is left."""
+    readout = policy.read(part, columns | {"entropy"} if "logp" in columns else columns)
+    loss = algorithm.loss(part, readout, credit)
+    policy.backward(loss)
+    return {"loss": loss.value.detach(), **loss.stats, **entropy_and_mismatch(part, readout, share)}

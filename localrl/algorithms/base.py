@@ -75,6 +75,12 @@ class Algorithm(Settings):
         return frozenset({"logp"})
 
     @property
+    def readings(self) -> tuple[Columns, ...]:
+        """`reads_during` in parts that are read and differentiated one after the other, so that only one part's activations are there at a time.
+        `loss` is then called with the columns of one part, and hands back that part's share."""
+        return (self.reads_during,)
+
+    @property
     def calibrates(self) -> Columns:
         """Columns of the untrained policy that `calibrate` wants once, before step 0. Empty: no calibration."""
         return frozenset()

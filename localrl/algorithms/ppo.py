@@ -93,6 +93,10 @@ class PPO(OnPolicy):
     def reads_during(self) -> Columns:
         return frozenset({"logp", "value"})
 
+    @property
+    def readings(self) -> tuple[Columns, ...]:
+        return frozenset({"logp"}), frozenset({"value"})
+
     def objection(self, window: int | None, rewards: int) -> str | None:
         if window is not None and self.ignore_tail >= window:
             return f"algorithm.ignore_tail={self.ignore_tail} leaves nothing of rollout.window={window} to learn from: it must be smaller"
@@ -123,17 +127,18 @@ class PPO(OnPolicy):
         return Credit(advantage, returns, value, share, sequence_mean(judged) / rows, good, readout.logp)
 
     def loss(self, batch: Batch, readout: Readout, credit: Credit) -> Loss:
-        value_loss, clipped = self.value_loss(readout, credit)
-        stats = {"value_loss": value_loss.detach(), "value_clip_ratio": clipped}
-        if batch.step < self.critic_warmup:
-            return Loss(self.value_coef * value_loss, stats)
-        policy_loss, stats["clip_ratio"] = self.policy_loss(readout, credit)
-        loss = policy_loss + self.value_coef * value_loss
-        assert readout.logp is not None
-        if self.lm_coef:
-            lm = -(credit.good * readout.logp).sum()
-            stats["lm_loss"] = lm.detach()
-            loss = loss + self.lm_coef * lm
+        """Of the columns that are there: the policy's part, the critic's, or both."""
+        stats: dict[str, Tensor] = {}
+        loss = credit.share.new_zeros(())
+        if readout.value is not None:
+            value_loss, stats["value_clip_ratio"] = self.value_loss(readout, credit)
+            stats["value_loss"], loss = value_loss.detach(), self.value_coef * value_loss
+        if readout.logp is not None and batch.step >= self.critic_warmup:
+            policy_loss, stats["clip_ratio"] = self.policy_loss(readout, credit)
+            loss = loss + policy_loss
+            if self.lm_coef:
+                lm = -(credit.good * readout.logp).sum()
+                stats["lm_loss"], loss = lm.detach(), loss + self.lm_coef * lm
         return Loss(loss, stats)
 
     def policy_loss(self, readout: Readout, credit: Credit) -> tuple[Tensor, Tensor]:

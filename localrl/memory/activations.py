@@ -15,10 +15,10 @@ TILE = 4096
 
 
 def kept(shape: ModelShape, work: Work, checkpointing: bool) -> float:
-    """What all layers together keep until the backward pass: their inputs, or everything. Policy and critic keep their own."""
+    """What all layers together keep until the backward pass: their inputs, or everything. Policy and critic are read one after the other."""
     held = _held_by_int8(shape, work)
     layer = shape.hidden * work.compute_bytes if checkpointing else _saved(shape, work)
-    return (2 if work.critic else 1) * shape.layers * (layer + held)
+    return shape.layers * (layer + held)
 
 
 def inside(shape: ModelShape, work: Work, checkpointing: bool) -> float:

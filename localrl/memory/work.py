@@ -38,7 +38,7 @@ class Work:
     lora_r: int
     lora_targets: str | tuple[str, ...]
     critic: bool
-    """A second adapter and a value head; policy and critic are read into one graph."""
+    """A second adapter and a value head; policy and critic are read and differentiated one after the other."""
     optimizer: str
     prompts_per_step: int
     num_generations: int

@@ -153,7 +153,7 @@ class Policy:
         """Gather the gradients of one micro-batch: of the loss, or of each direction apart."""
         if self.directions is not None:
             self.directions.backward(loss.seeds)
-        else:
+        elif loss.value.requires_grad:                               # a part may have nothing to teach yet
             loss.value.backward()
 
     def turn(self, weights: Sequence[float], stats: Mapping[str, float]) -> dict[str, float]:

@@ -65,11 +65,13 @@ def gradient(algorithm: Algorithm, batch: Batch, readout: Readout, parts: list[t
     for rows in parts:
         part = batch[rows]
         width = part.tokens.shape[1]
-        read = {n: (logp if n == "logp" else getattr(readout, n))[rows][:, :width] for n in algorithm.reads_during | {"entropy"}}
-        loss = algorithm.loss(part, Readout(**read), rows_of(credit, rows, width))
-        loss.value.backward()
-        for key, value in {"loss": loss.value.detach(), **loss.stats}.items():
-            stats[key] = stats.get(key, 0.0) + value.item()
+        for columns in algorithm.readings:
+            read = {n: (logp if n == "logp" else getattr(readout, n))[rows][:, :width] for n in columns | {"entropy"}}
+            loss = algorithm.loss(part, Readout(**read), rows_of(credit, rows, width))
+            if "logp" in columns:
+                loss.value.backward()
+            for key, value in {"loss": loss.value.detach(), **loss.stats}.items():
+                stats[key] = stats.get(key, 0.0) + value.item()
     assert logp.grad is not None
     return logp.grad, stats
 
@@ -127,6 +129,7 @@ def test_columns_are_known_and_what_is_reported_is_declared(name: str, changes: 
     algorithm = built(name, changes, readout, batch)
     assert algorithm.reads_before <= COLUMNS
     assert algorithm.reads_during <= COLUMNS
+    assert frozenset().union(*algorithm.readings) == algorithm.reads_during
     _, stats = gradient(algorithm, batch, readout, [torch.arange(len(batch))])
     seen = (set(stats) | set(algorithm.observe(batch, algorithm.credit(batch, readout)))) - {"loss"}
     assert seen <= set(algorithm.reports)

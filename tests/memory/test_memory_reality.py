@@ -73,8 +73,10 @@ def measure(run: Run, plan: MemoryPlan) -> dict[Phase, int]:
 
         def learn(parts: list[torch.Tensor]) -> None:
             for rows in parts:
-                readout = policy.read(batch[rows], columns)
-                sum(getattr(readout, name).sum() for name in columns if name != "ref").backward()
+                for some in (columns - {"value"}, columns & {"value"}):
+                    if some:
+                        readout = policy.read(batch[rows], some)
+                        sum(getattr(readout, name).sum() for name in some if name != "ref").backward()
 
         learn([torch.tensor([0])])                                   # the optimiser's state is made by its first step
         policy.update()
