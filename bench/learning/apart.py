@@ -2,7 +2,7 @@
 
 Quiet: being right, with the asked-for format a tenth as loud, and then brevity a tenth as loud too, where right (`given`; without that condition
 GDPO, which hears brevity as loudly as the others, goes for it at once: empty answers, none right, in the seed that was tried). Noisy: a judge
-whose mood is four times as loud as what it judges, beside the quiet two.
+whose mood is four times as loud as what it judges, beside the quiet format.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ SPECS = {
     "slight_format": f'"{OWN}:slight_format"',
     "slight_brevity": f'{{function="{OWN}:slight_brevity", given="correct"}}',
     "noisy_judge": f'"{OWN}:noisy_judge"',
-    "brevity_in_format": f'{{function="{OWN}:slight_brevity", name="brevity_in_format", given="slight_format", at_least=0.1}}',
 }
-SOON = {"correct": 0.75, "slight_format": 0.09, "slight_brevity": 0.042, "brevity_in_format": 0.05}
+SOON = {"correct": 0.75, "slight_format": 0.09, "slight_brevity": 0.042}
 """What counts as there, for the columns of steps."""
 
 
@@ -36,8 +35,7 @@ class Set:
 SETS = (
     Set("2 rewards", ("correct", "slight_format"), 80),
     Set("3 rewards", ("correct", "slight_format", "slight_brevity"), 80),
-    Set("2 rewards, noisy", ("noisy_judge", "slight_format"), 60),
-    Set("3 rewards, noisy", ("noisy_judge", "slight_format", "brevity_in_format"), 60),
+    Set("2 rewards, noisy", ("noisy_judge", "slight_format"), 40),
 )
 
 
@@ -63,13 +61,13 @@ def report(seeds: int, workers: int, work: Path, results: Path) -> str:
         head = ("held out, at the end", *(f"{n} (times 10)" if tenth(n) else n for n in rewards.names), *(f"steps to {n} {SOON[n]:g}" for n in timed))
         parts.append(table(head, rows))
     save()
-    text = f"80 steps (noisy: 60) of 8 prompts x 8, learning rate 2e-3, {seeds} seeds; median [lowest, highest]; held-out prompts, steps by training samples."
+    text = f"80 steps (noisy: 40) of 8 prompts x 8, learning rate 2e-3, {seeds} seeds; median [lowest, highest]; held-out prompts, steps by training samples."
     return f"# Apart\n{text}\n\n" + "\n".join(parts) + "\n![](apart.png)\n"
 
 
 def tenth(name: str) -> bool:
     """On a scale of 0.1."""
-    return name.startswith("slight") or name == "brevity_in_format"
+    return name.startswith("slight")
 
 
 def loud(result: Result, name: str) -> float:

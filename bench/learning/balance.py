@@ -25,13 +25,14 @@ METHODS = {
     "GDPO, directed": ("algorithm.name=gdpo", 'algorithm.weighting="directed"', 'memory.directions="float32"'),
 }
 GRID = (0.4, 0.5, 0.6, 0.65, 0.7)
-STEPS = 60
+STEPS = {5: 60, 10: 40}
+"""By number of rewards."""
 
 
 def trials(names: tuple[str, ...]) -> list[Trial]:
     """One for each method."""
     functions = ", ".join(BUILT_IN.get(name, f'"{OWN}:{name}"') for name in names)
-    common = (f"steps={STEPS}", "optim.learning_rate=1e-3", "rollout.prompts_per_step=16", f"rewards.functions=[{functions}]")
+    common = (f"steps={STEPS[len(names)]}", "optim.learning_rate=1e-3", "rollout.prompts_per_step=16", f"rewards.functions=[{functions}]")
     return [Trial(f"{method} K={len(names)}", (*common, *settings)) for method, settings in METHODS.items()]
 
 
@@ -48,7 +49,7 @@ def oscillation(result: Result, names: tuple[str, ...]) -> float:
     """Total variation a step of each smoothed reward, its straight line taken off, in the last two thirds; mean over rewards."""
     found = []
     for name in names:
-        curve = ema(result.curve(f"rewards/{name}/mean"))[STEPS // 3 :]
+        curve = ema(result.curve(f"rewards/{name}/mean"))[len(result.rows) // 3 :]
         at = np.arange(len(curve))
         found.append(np.abs(np.diff(curve - np.polyval(np.polyfit(at, curve, 1), at))).mean())
     return float(np.mean(found))
@@ -57,7 +58,7 @@ def oscillation(result: Result, names: tuple[str, ...]) -> float:
 def stable_at(result: Result, names: tuple[str, ...], span: int = 20) -> int | None:
     """The first step after which every smoothed reward stays within 0.05 for `span` steps."""
     curves = np.array([ema(result.curve(f"rewards/{name}/mean")) for name in names])
-    return next((i + 1 for i in range(STEPS - span) if (np.ptp(curves[:, i : i + span], 1) <= 0.05).all()), None)
+    return next((i + 1 for i in range(len(result.rows) - span) if (np.ptp(curves[:, i : i + span], 1) <= 0.05).all()), None)
 
 
 def passes(result: Result, names: tuple[str, ...], q: float) -> bool:
@@ -90,8 +91,8 @@ def report(seeds: int, workers: int, work: Path, results: Path) -> str:
         note = f"Dispersion was at least 0.7 after steering in {kept:.0%} of all steps."
         parts.append(f"## {len(names)} rewards: {', '.join(names)}\n{table(head, rows)}\n{note}\n")
     save()
-    text = (f"{STEPS} steps of 16 prompts x 8, learning rate 1e-3, {seeds} seeds, every weight 1; training samples, exponential mean over 20 steps; "
-            "time (scoring, learning, update, a token) and memory (live bytes of learning) against published GDPO.")
+    text = (f"{STEPS[5]} steps (ten rewards: {STEPS[10]}) of 16 prompts x 8, learning rate 1e-3, {seeds} seeds, every weight 1; training samples, "
+            "exponential mean over 20 steps; time (scoring, learning, update, a token) and memory (live bytes of learning) against published GDPO.")
     return f"# Balance\n{text}\n\n" + "\n".join(parts) + "\n![](balance.png)\n"
 
 
