@@ -93,6 +93,7 @@ def _plan(run: Run, device: Literal["cuda", "cpu"], compute_bytes: int) -> Memor
         gradient_checkpointing=run.memory.gradient_checkpointing,
         micro_batch_tokens=run.memory.micro_batch_tokens,
         concurrent=run.rollout.concurrent,
+        searchers=run.search.processes,
         gradients=len(run.algorithm.directions([spec.weight for spec in run.rewards.functions])),
         directions=None if run.memory.directions == "auto" else run.memory.directions,
         head_chunk=run.memory.head_chunk,

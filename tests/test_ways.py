@@ -140,6 +140,7 @@ def test_the_order_of_overrides_does_not_matter() -> None:
         (["algorithm.name=grpo", "rollout.dynamic_sampling=true", "replay.capacity=4"], "leave one of them out"),
         (["algorithm.name=gdpo", 'algorithm.weighting="directed"', 'algorithm.normalise="tokens"'], "normalise=completions"),
         (["rollout.num_generations=1", "algorithm.name=tba"], "at least 2"),
+        (["algorithm.name=tba", "replay.capacity=4", 'replay.filters=[{reward="fame"}]'], "no reward 'fame'"),
     ],
 )
 def test_what_does_not_go_together_is_said_before_anything_loads(changes: list[str], word: str) -> None:

@@ -28,7 +28,7 @@ def bill(shape: ModelShape, work: Work, choice: Choice) -> tuple[Need, ...]:
     """Every line, the margin last, one for each phase. The lines of a phase add up to its peak."""
     lasting = [*_weights(shape, work), _directions(shape, work, choice), *rollout_lasting(shape, work, choice), _batch(work)]
     passing = [*rollout_passing(shape, work, choice), *_reading(shape, work, choice), _optimiser_scratch(shape, work)]
-    items = [item for item in (*lasting, *passing) if item.bytes]
+    items = [item for item in (*lasting, *passing, _searchers(shape, work, choice)) if item.bytes]
     if work.device == "cpu":
         short_lived = peaks(passing)
         items += [Need("heap that the C library keeps", round(HEAP * size), (phase,)) for phase, size in short_lived.items() if size]
@@ -72,6 +72,14 @@ def _directions(shape: ModelShape, work: Work, choice: Choice) -> Need:
     """Buffers of the gradients that are kept apart, while a step learns; of sketches also that of the last update."""
     size, each = DIRECTION_BYTES[choice.directions], adapter_count(shape, work) if choice.directions in WHOLE else SKETCH
     return Need(f"gradients of {work.gradients} directions ({choice.directions})", round(work.gradients * each * size), ("backward", "optimiser"))
+
+
+def _searchers(shape: ModelShape, work: Work, choice: Choice) -> Need:
+    """A searcher has the base, an adapter, its libraries and a wave of its own, all the time."""
+    wave = sum(item.bytes for item in rollout_lasting(shape, work, choice))
+    passing = sum(item.bytes for item in rollout_passing(shape, work, choice)) * (1 + HEAP if work.device == "cpu" else 1)
+    model = shape.base_bytes(work.quantization, work.compute_bytes) + 4 * sum(shape.adapter_parts(work.lora_r, work.lora_targets))
+    return Need(f"copies of {work.searchers} searchers", round(work.searchers * (model + LIBRARIES[work.device] + wave + passing)), PHASES)
 
 
 def _batch(work: Work) -> Need:

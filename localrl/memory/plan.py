@@ -221,6 +221,7 @@ def make_plan(
     unpacked: bool | None = None,
     fewest_generations: int = 1,
     truncated: bool = False,
+    searchers: int = 0,
     gradients: int = 0,
     directions: DirectionKind | None = None,
 ) -> MemoryPlan:
@@ -228,13 +229,13 @@ def make_plan(
 
     `card_bytes`: bytes, "16GiB", "RTX 4080", or None for what this machine has free. `unpacked`: rollouts copy the linear layers
     (None: on a CPU). `fewest_generations`: samples of one prompt in the call that shares prompts least, an evaluation's; 1 is the safe
-    answer. `truncated`: top-p or top-k. `gradients`: how many are kept apart until the step is over.
+    answer. `truncated`: top-p or top-k. `searchers`: processes with a copy of the model. `gradients`: how many are kept apart until the step is over.
     UserError: an unknown card or adapter target, no CUDA device where one is asked for.
     """
     work = Work(
         quantization, compute_bytes, lora_r, lora_targets if isinstance(lora_targets, str) else tuple(lora_targets), critic, optimizer,
         prompts_per_step, num_generations, max_prompt_length, max_completion_length, reference, device,
-        device == "cpu" if unpacked is None else unpacked, min(fewest_generations, num_generations), truncated, gradients,
+        device == "cpu" if unpacked is None else unpacked, min(fewest_generations, num_generations), truncated, searchers, gradients,
     )  # fmt: skip
     shape.adapter_parts(lora_r, work.lora_targets)
     asked = {

@@ -53,6 +53,8 @@ class Work:
     """Of one prompt, in the call of the engine that shares prompts least: an evaluation takes fewer than a step does."""
     truncated: bool
     """Sampling sorts (top-p, top-k)."""
+    searchers: int = 0
+    """Processes that sample beside this one, each with a copy of the model, on the same card or in the same machine's memory."""
     gradients: int = 0
     """Gradients of the adapter that are kept apart until the step is over; 0: the ordinary step."""
 

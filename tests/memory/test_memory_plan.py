@@ -258,6 +258,13 @@ def test_split_is_a_step_in_few_parts() -> None:
     assert [part.tolist() for part in parts] == [[1, 3], [0, 4, 2, 5]]
 
 
+def test_searchers_bring_copies_of_the_model() -> None:
+    alone, two = (a_plan(MODELS["Qwen3-4B"], card_bytes="80GiB", concurrent=8, searchers=count) for count in (0, 2))
+    base = next(item.bytes for item in alone.items if item.name.startswith("base"))
+    assert all(two.phases[phase] - alone.phases[phase] > 2 * base for phase in PHASES)
+    assert not a_plan(MODELS["Qwen3-8B"], card_bytes="16GiB", searchers=3).fits
+
+
 @pytest.mark.parametrize("name", TOKENS)
 @pytest.mark.parametrize("gradients", [2, 5, 12])
 @pytest.mark.parametrize("rank", [8, 16, 64])
