@@ -9,9 +9,9 @@ import numpy as np
 
 from bench.learning.trials import Result, Trial, bands, middle, picture, run_all, table
 
-STEPS = 60
-EACH = (f"steps={STEPS}", "optim.learning_rate=2e-3")
-TBA = ("algorithm.name=tba", "algorithm.beta=0.02")
+STEPS = 45
+EACH = (f"steps={STEPS}", "optim.learning_rate=1e-3")
+TBA = ("algorithm.name=tba", "algorithm.beta=0.05")
 PERIODS = (1, 5, 15)
 
 
@@ -26,8 +26,8 @@ STALE = (
     Trial("GRPO truncated, k=15", (*EACH, "algorithm.name=grpo", 'algorithm.correction="truncate"', *replayed(15))),
 )
 CLOCK = (
-    Trial("TBA, in turn", (*EACH, *TBA, "replay.capacity=40", "replay.recent=0.5", "eval.every=20"), alone=True),
-    Trial("TBA, one searcher", (*EACH, *TBA, "replay.capacity=40", "replay.recent=0.5", "eval.every=20", "search.processes=1"), alone=True),
+    Trial("TBA, in turn", (*EACH, *TBA, "replay.capacity=40", "replay.recent=0.5", "eval.every=9"), alone=True),
+    Trial("TBA, one searcher", (*EACH, *TBA, "replay.capacity=40", "replay.recent=0.5", "eval.every=9", "search.processes=1"), alone=True),
 )
 
 
@@ -51,7 +51,7 @@ def report(seeds: int, workers: int, work: Path, results: Path) -> str:
              middle([r.evaluations[-1]["eval/reward"] for r in each])] for name, each in timed.items()]  # fmt: skip
     second = table(("two cores", "seconds a step", f"seconds to a held-out reward of {goal:.2f}", "at the end"), rows)
     ratio = [until(a, goal) / until(b, goal) for a, b in zip(*timed.values(), strict=True)]
-    return (f"# Stale and parallel\n{STEPS} steps of 8 prompts x 8, learning rate 2e-3, {seeds} seeds; median [lowest, highest]. "
+    return (f"# Stale and parallel\n{STEPS} steps of 8 prompts x 8, learning rate 1e-3, beta 0.05, {seeds} seeds; median [lowest, highest]. "
             f"k: updates between two times that the sampler gets the weights.\n\n{first}\n{second}\n"
             f"Time in turn over time with a searcher, to that reward: {middle(ratio)}.\n\n![](stale.png)\n")
 

@@ -24,8 +24,8 @@ def trials(base: Path) -> tuple[Trial, ...]:
         "memory.micro_batch_tokens=4096", "eval.num_generations=1", "eval.limit=128",
     )  # fmt: skip
     return (
-        Trial("PPO", (*common, f"rollout.window={LIMIT}", "steps=100", "eval.every=20"), alone=True),
-        Trial("T-PPO", (*common, f"rollout.window={WINDOW}", "steps=140", "eval.every=20"), alone=True),
+        Trial("PPO", (*common, f"rollout.window={LIMIT}", "steps=60", "eval.every=12"), alone=True),
+        Trial("T-PPO", (*common, f"rollout.window={WINDOW}", "steps=84", "eval.every=12"), alone=True),
     )
 
 
