@@ -185,7 +185,7 @@ Credit = TypeVar("Credit", bound=NamedTuple)
 
 
 def rows_of(credit: Credit, rows: Tensor, width: int | None = None) -> Credit:
-    """The same NamedTuple for some rows; (B, T) members are trimmed to `width` columns. None stays None.
+    """The same NamedTuple for some rows; (B, T) members are trimmed to `width` columns: whatever has a second dimension is taken for one. None stays None.
 
     >>> class C(NamedTuple):
     ...     advantage: Tensor

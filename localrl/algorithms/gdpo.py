@@ -57,7 +57,7 @@ class GDPO(Clipped):
     def credit(self, batch: Batch, readout: Readout) -> Credit:
         advantage, single = self.advantages(batch)
         share = self.shared(batch, self.importance(batch, readout), self.share)
-        return Credit(advantage, share, readout.logp, single if self.weighting == "directed" else None)
+        return Credit(advantage, share, readout.logp, single[:, None] if self.weighting == "directed" else None)
 
     def advantage(self, batch: Batch) -> Tensor:
         return self.advantages(batch)[0]
@@ -129,19 +129,20 @@ class GDPO(Clipped):
         """All rewards' gradients from at most two backward passes, for clipping looks at an advantage's sign only; KL is a direction of its own."""
         assert readout.logp is not None
         assert credit.single is not None
-        ratio, none = self.ratio(readout.logp, credit.old, batch.fresh), credit.single.new_zeros(len(credit.single), int(self.beta > 0))
+        single = credit.single[:, 0]
+        ratio, none = self.ratio(readout.logp, credit.old, batch.fresh), single.new_zeros(len(single), int(self.beta > 0))
         if credit.old is None:                                                   # the ratio is 1: nothing is clipped
-            seeds = [Seed(-(credit.share * ratio).sum(), torch.cat([credit.single, none], 1))]
+            seeds = [Seed(-(credit.share * ratio).sum(), torch.cat([single, none], 1))]
         else:
             up, down = clip_masks(ratio.detach(), *self.clip)
             seeds = [
                 Seed(-(credit.share * ratio * mask).sum(), torch.cat([part, none], 1))
-                for mask, part in ((up, credit.single.clamp(min=0)), (down, credit.single.clamp(max=0)))
+                for mask, part in ((up, single.clamp(min=0)), (down, single.clamp(max=0)))
             ]
         if self.beta:
             assert readout.ref is not None
             kl = self.beta * (credit.share * k3(readout.logp, readout.ref)).sum()
-            seeds.append(Seed(kl, torch.cat([torch.zeros_like(credit.single), none + 1], 1)))
+            seeds.append(Seed(kl, torch.cat([torch.zeros_like(single), none + 1], 1)))
         return tuple(seeds)
 
     def steer(self, gram: Tensor, weights: Sequence[float], past: Sequence[Mapping[str, float]]) -> Steering:

@@ -28,7 +28,8 @@ class Credit(NamedTuple):
     old: Tensor | None
     """(B, T) log-probabilities when the step began; None: this is the only update on these rollouts."""
     single: Tensor | None = None
-    """(B, R) each reward's own advantage, with the sign of its weight, on the scale of `advantage`; None: nobody steers between them."""
+    """(B, 1, R) each reward's own advantage, with the sign of its weight, on the scale of `advantage`; None: nobody steers between them. (Not
+    (B, R): a credit's second dimension is cut to a micro-batch's columns.)"""
 
 
 class Clipped(OnPolicy):

@@ -14,7 +14,7 @@ from localrl.algorithms.gdpo import GDPO
 from localrl.algorithms.group_dpo import GroupDPO, pairwise, softmax
 from localrl.algorithms.tba import TBA, anneal
 from localrl.algorithms.tbrm import TBRM
-from localrl.batch import Batch, Readout
+from localrl.batch import Batch, Readout, rows_of
 from tests.algorithms.test_vectors import a_batch, cases, numbers
 
 
@@ -180,7 +180,7 @@ def test_a_rewards_seeds_make_the_gradient_of_its_own_clipped_loss(off_policy: b
 
     total = torch.zeros_like(logp)
     for k in range(3):
-        alone = gradient_of(lambda leaf, k=k: algorithm.loss(batch, Readout(logp=leaf), credit._replace(advantage=credit.single[:, k])).value)
+        alone = gradient_of(lambda leaf, k=k: algorithm.loss(batch, Readout(logp=leaf), credit._replace(advantage=credit.single[:, 0, k])).value)
         seeded = sum(
             gradient_of(lambda leaf, i=i: algorithm.loss(batch, Readout(logp=leaf), credit).seeds[i].value) * seed.coefficients[:, k, None]
             for i, seed in enumerate(algorithm.loss(batch, Readout(logp=logp), credit).seeds)
@@ -190,6 +190,20 @@ def test_a_rewards_seeds_make_the_gradient_of_its_own_clipped_loss(off_policy: b
     if not off_policy:
         fixed = GDPO().credit(batch, Readout())
         torch.testing.assert_close(total, gradient_of(lambda leaf: GDPO().loss(batch, Readout(logp=leaf), fixed).value), rtol=1e-4, atol=1e-7)
+
+
+def test_more_rewards_than_columns() -> None:
+    """A micro-batch of short rows keeps every reward's coefficient."""
+    draw = torch.Generator().manual_seed(0)
+    mask = torch.arange(6) < torch.tensor([2, 6, 1, 2, 5, 2, 1, 2])[:, None]
+    batch = a_batch(mask.long(), mask, torch.rand(8, 9, generator=draw), torch.ones(9), torch.arange(8) // 4)
+    algorithm = GDPO(weighting="directed")
+    whole = algorithm.credit(batch, Readout())
+    assert whole.single is not None
+    rows = torch.tensor([0, 2, 5])
+    part = batch[rows]
+    seeds = algorithm.loss(part, Readout(logp=torch.zeros(3, 2)), rows_of(whole, rows, part.tokens.shape[1])).seeds
+    torch.testing.assert_close(seeds[0].coefficients, whole.single[rows, 0])
 
 
 def test_tbrm_residual_moves_with_the_first_logits_alone() -> None:
