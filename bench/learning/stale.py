@@ -44,16 +44,17 @@ def report(seeds: int, workers: int, work: Path, results: Path) -> str:
     rows = [[name, middle([r.evaluations[-1]["eval/reward"] for r in each]), middle([r.held_out("correct") for r in each]),
              middle([max(r.curve("sampler/age")) for r in each])] for name, each in found.items()]  # fmt: skip
     first = table(("", "reward, held out", "correct, held out", "oldest samples (updates)"), rows)
-    goal = statistics.median(r.evaluations[-1]["eval/reward"] for r in timed["TBA, in turn"])
-    begin = statistics.median(r.evaluations[0]["eval/reward"] for r in timed["TBA, in turn"])
-    goal = begin + 0.9 * (goal - begin)
-    rows = [[name, middle([sum(r.curve("time/step")) / STEPS for r in each]), middle([until(r, goal) for r in each]),
-             middle([r.evaluations[-1]["eval/reward"] for r in each])] for name, each in timed.items()]  # fmt: skip
-    second = table(("two cores", "seconds a step", f"seconds to a held-out reward of {goal:.2f}", "at the end"), rows)
-    ratio = [until(a, goal) / until(b, goal) for a, b in zip(*timed.values(), strict=True)]
+    end, begin = (statistics.median(r.evaluations[at]["eval/reward"] for r in timed["TBA, in turn"]) for at in (-1, 0))
+    goals = [begin + share * (end - begin) for share in (0.5, 0.9)]
+    rows = [[name, middle([sum(r.curve("time/step")) / STEPS for r in each]), *(middle([until(r, goal) for r in each]) for goal in goals),
+             f"{sum(until(r, goals[1]) == until(r, goals[1]) for r in each)} of {len(each)}", middle([r.evaluations[-1]["eval/reward"] for r in each])]
+            for name, each in timed.items()]  # fmt: skip
+    head = ("two cores", "seconds a step", *(f"seconds to a held-out reward of {goal:.2f}" for goal in goals), "seeds that reach the second", "at the end")
+    second = table(head, rows)
+    ratio = [until(a, goals[0]) / until(b, goals[0]) for a, b in zip(*timed.values(), strict=True)]
     return (f"# Stale and parallel\n{STEPS} steps of 8 prompts x 8, learning rate 1e-3, beta 0.05, {seeds} seeds; median [lowest, highest]. "
             f"k: updates between two times that the sampler gets the weights.\n\n{first}\n{second}\n"
-            f"Time in turn over time with a searcher, to that reward: {middle(ratio)}.\n\n![](stale.png)\n")
+            f"Time in turn over time with a searcher, to the first of these rewards: {middle(ratio)}.\n\n![](stale.png)\n")
 
 
 def until(result: Result, reward: float) -> float:
