@@ -59,6 +59,9 @@ class Health:
             yield "unscored", "no completion got any reward this step (every reward returned None or failed): nothing can be learned so"
 
     def _of_the_last_steps(self, now: dict[str, float], entropy: float) -> Iterator[tuple[str, str]]:
+        if self._always("completions/unfinished", 0.95):
+            yield "endless", (f"for {PATIENCE} steps nearly every response has gone on beyond its window: hardly one is scored, and nobody learns that it "
+                              "should end; resume an earlier checkpoint with a lower optim.learning_rate, or take a larger rollout.window")
         if self._always("frac_reward_cancelling", 0.5):
             yield "cancel", (f"for {PATIENCE} steps single rewards varied while their weighted sum stayed equal within groups: they cancel, so the "
                              f"advantage is 0; change the weights, or take an algorithm that normalises each reward by itself ({', '.join(DECOUPLED)})")

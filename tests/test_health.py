@@ -23,6 +23,7 @@ FINE = {"step": 1.0, "entropy": 0.5, "frac_reward_zero_std": 0.1, "grad_norm": 1
         ({"grad_norm": math.nan}, "not finite", 1),
         ({"completions/clipped_ratio": 1.0}, "max_completion_length", 1),
         ({"frac_unscored": 1.0}, "any reward", 1),
+        ({"completions/unfinished": 1.0}, "beyond its window", PATIENCE),
     ],
 )
 def test_a_finding_comes_when_it_is_sure_and_only_once(wrong: dict[str, float], word: str, steps: int) -> None:
