@@ -5,7 +5,7 @@ V vocabulary, H hidden width.
 
 The one alignment rule: **column t of every (B, T) tensor speaks about response token t**, be it its id, its log-probability, the
 value of the state just before it, or its weight. Context (prompt) tokens have columns of their own and never appear in (B, T).
-`localrl.policy` does the only shift in the code base.
+`localrl.policy.packing` does the only shift in the code base.
 """
 
 from __future__ import annotations

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+
+from localrl.pieces import another
+from localrl.policy.packing import Layout, current, laid_out
 
 
 @contextmanager
@@ -31,15 +34,18 @@ def using(model: nn.Module, adapter: str | None) -> Iterator[None]:
 
 
 class Again(AbstractContextManager[None]):
-    """`using`, as often as it is entered: a graph that is kept is computed again for each of its backward passes."""
+    """A reading as it was, as often as it is entered: a graph that is kept is computed again for each of its backward passes."""
 
-    def __init__(self, model: nn.Module, adapter: str | None) -> None:
-        self._model, self._adapter = model, adapter
-        self._open: list[AbstractContextManager[None]] = []
+    def __init__(self, model: Any, adapter: str | None, layout: Layout | None) -> None:
+        self._model, self._adapter, self._layout = model, adapter, layout
+        self._open: list[AbstractContextManager[Any]] = []
 
     def __enter__(self) -> None:
-        self._open.append(using(self._model, self._adapter))
-        self._open[-1].__enter__()
+        with ExitStack() as stack:
+            stack.enter_context(using(self._model, self._adapter))
+            stack.enter_context(laid_out(self._model.config, self._layout))
+            self._open.append(stack.pop_all())
+        another("layer again")
 
     def __exit__(self, *error: Any) -> None:
         self._open.pop().__exit__(*error)
@@ -56,7 +62,8 @@ def active(model: nn.Module) -> str | None:
 def checkpoint_layers(model: Any, on: bool) -> None:
     """Gradient checkpointing on or off: keep each layer's input, compute the rest again in the backward pass.
 
-    The second computation happens when another adapter may be on (policy and critic share the base), so it restores the first one's.
+    The second computation happens when another adapter may be on (policy and critic share the base) and the rows' layout is gone, so it
+    restores both.
     """
     base = model.get_base_model()
     if not on:
@@ -64,6 +71,7 @@ def checkpoint_layers(model: Any, on: bool) -> None:
         return
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), Again(model, active(model))
+        return nullcontext(), Again(model, active(model), current())
 
     base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False, "context_fn": contexts})
+    base.disable_input_require_grads()                              # only a reentrant one needs it: a gradient of the embeddings, that nobody reads

@@ -34,6 +34,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from localrl.batch import Seed
+from localrl.policy.atomic import Ledger
 from localrl.policy.lora import Folding
 from localrl.settings import UserError
 
@@ -64,19 +65,31 @@ class Directions:
         self._table = torch.zeros(count, WIDTH, device=self._device) if kind in ("two_pass", "lagged") else None
         self._seen = self._left = 0                                  # rows of the first pass; of them, those that the second one has yet to see
         self._update: Tensor | None = None
+        self._summed: Tensor | None = None                           # the next update's sketch, as far as it is added up
+        self._ledger = Ledger(())
         self._turn = torch.full((), math.nan)
 
     # -- gathering ------------------------------------------------------------------------------------------------------------
 
-    def backward(self, seeds: Sequence[Seed]) -> None:
-        """One backward pass a seed, over one micro-batch; what comes adds to what there is. Touches the adapter's parameters alone."""
+    def backward(self, seeds: Sequence[Seed], rows_of_tokens: Tensor, ledger: Ledger | None = None) -> None:
+        """One backward pass a seed, over one micro-batch; what comes adds to what there is. Touches the adapter's parameters alone.
+
+        `rows_of_tokens` (N,) int64: the row of each of the tokens that the layers read. `ledger`: what a pass over the same rows, which was
+        broken off, has added already is not added again.
+        """
         second = self._left > 0
+        self._ledger = ledger = ledger or Ledger(())
         for number, seed in enumerate(seeds, 1):
+            ledger.pass_number = number
+            if not ledger.owes("everything"):
+                continue
             coefficients = seed.coefficients.to(self._device, torch.float32)
             if coefficients.dim() != 2 or coefficients.shape[1] != self.count:
                 raise ValueError(f"coefficients of shape {tuple(coefficients.shape)} for {self.count} directions")
-            with self._collecting(coefficients @ self._weights[:, None] if second else coefficients):
+            coefficients = coefficients @ self._weights[:, None] if second else coefficients
+            with self._collecting(coefficients.index_select(0, rows_of_tokens)):
                 torch.autograd.backward(seed.value, retain_graph=number < len(seeds), inputs=self._parameters)
+            ledger.pay("everything")
         rows = sum(len(seed.coefficients) for seed in seeds)
         if second and rows > self._left:
             raise RuntimeError(f"the second pass has {rows - self._left} rows more than the first")
@@ -101,16 +114,24 @@ class Directions:
     def take(self, number: int, parts: tuple[Tensor, Tensor]) -> tuple[Tensor | None, Tensor | None]:
         """A layer's gradients, (D, r, in) and (D, r, out), on their way: kept or sketched. Returns the ordinary ones of A and B, if there are any."""
         if self._left:
-            return parts[0][0], parts[1][0].T
+            return self._owed(number, parts[0][0], parts[1][0].T)
         mine: tuple[Tensor | None, Tensor | None] = (None, None)
         if self.kind == "lagged":
             mine = torch.tensordot(self._weights, parts[0], 1), torch.tensordot(self._weights, parts[1], 1).T
         for i, part in enumerate(parts, number):
+            if not self._ledger.owes(("kept", i)):
+                continue
             if self._table is not None:
                 self._table += sketch(part.flatten(1), i)
             else:
                 self._kept[i] = encode(decode(self._kept[i]).add_(part.flatten(1)) if i in self._kept else part.flatten(1), self.kind)
-        return mine
+            self._ledger.pay(("kept", i))                                      # the line before it adds all or nothing: its last allocation comes first
+        return self._owed(number, *mine)
+
+    def _owed(self, number: int, a: Tensor | None, b: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Of a layer's two ordinary gradients those that its parameters have not got yet."""
+        one, other = (self._ledger.owes(id(parameter)) for parameter in self._parameters[number : number + 2])
+        return a if one else None, b if other else None
 
     # -- deciding -------------------------------------------------------------------------------------------------------------
 
@@ -134,20 +155,24 @@ class Directions:
         update = self._sum_up(new) if self._table is None else (self._weights if self.kind == "lagged" else new) @ self._table
         if self._update is not None:
             self._turn = F.cosine_similarity(update.double(), self._update.double(), 0, eps=0.0)
-        self._update, self._weights = update, new
+        self._update, self._weights, self._summed = update, new, None
         seen = self._seen
         self._end()
         self._left = seen if self.passes == 2 else 0
 
     def _sum_up(self, weights: Tensor) -> Tensor:
-        update = torch.zeros(WIDTH, device=self._device)
+        """Parameter by parameter, letting go of what was kept of it. Where memory runs out, the next call goes on from there."""
+        if self._summed is None:
+            self._summed = torch.zeros(WIDTH, device=self._device)
         for i, parameter in enumerate(self._parameters):
             if i in self._kept:
-                gradient = weights @ decode(self._kept.pop(i))
-                update += sketch(gradient[None], i)[0]
+                gradient = weights @ decode(self._kept[i])
                 shape = parameter.shape if i % 2 == 0 else parameter.shape[::-1]
-                parameter.grad = gradient.view(shape) if i % 2 == 0 else gradient.view(shape).T.contiguous()
-        return update
+                ordinary = gradient.view(shape) if i % 2 == 0 else gradient.view(shape).T.contiguous()
+                self._summed += sketch(gradient[None], i)[0]         # the last line that allocates, and it does so before it adds
+                parameter.grad = ordinary
+                del self._kept[i]
+        return self._summed
 
     def drop(self) -> None:
         """Forget what this step gathered so far; the parameters' own `grad` stays as it is."""
@@ -155,6 +180,7 @@ class Directions:
 
     def _end(self) -> None:
         self._kept.clear()
+        self._summed = None
         if self._table is not None:
             self._table.zero_()
         self._seen = self._left = 0

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from localrl.pieces import slices
 from localrl.policy.output_layer import FLOATS, Head, Product
 from localrl.settings import UserError
 
@@ -126,9 +127,9 @@ class _ReadTokens(torch.autograd.Function):
         top = hidden.new_full((len(hidden),), torch.finfo(product.type).min, dtype=product.type)
         total, tilt, chosen = (torch.zeros_like(top) for _ in range(3))
         with torch.autocast(hidden.device.type, enabled=False):
-            for part in _steps(len(hidden), chunk):
+            for part in slices("tokens of the head", len(hidden), chunk):
                 rows = product.operand(hidden[part])
-                for columns in _steps(len(head.weight), tile):
+                for columns in slices("rows of the head", len(head.weight), tile):
                     z = head.bend(product(rows, product.operand(head.weight[columns]).T), columns, temperature)
                     place, inside = _place(targets[part], columns)
                     chosen[part] += z.gather(1, place)[:, 0].where(inside, 0)
@@ -155,10 +156,10 @@ class _ReadTokens(torch.autograd.Function):
         product, pull = Product(hidden, head.weight), _Pull.of(g_logp, g_entropy, g_lse, entropy, log_total)
         grad = torch.empty_like(hidden)
         with torch.autocast(hidden.device.type, enabled=False):
-            for part in _steps(len(hidden), chunk):
+            for part in slices("tokens of the head, back", len(hidden), chunk):
                 rows, mine = product.operand(hidden[part]), pull.rows(part)
                 sums = torch.zeros(rows.shape, dtype=product.type, device=rows.device)
-                for columns in _steps(len(head.weight), tile):
+                for columns in slices("rows of the head", len(head.weight), tile):
                     weight = product.operand(head.weight[columns])
                     z = head.bend(product(rows, weight.T), columns, temperature)
                     slope = None if head.softcap is None else (z * (temperature / head.softcap)).square_().neg_().add_(1)
@@ -236,7 +237,3 @@ def _place(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
     place = targets - columns.start
     inside = (place >= 0) & (place < columns.stop - columns.start)
     return place.clamp_(0, columns.stop - columns.start - 1)[:, None], inside
-
-
-def _steps(length: int, step: int) -> list[slice]:
-    return [slice(start, min(start + step, length)) for start in range(0, length, step)]

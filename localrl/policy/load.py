@@ -13,6 +13,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
+from localrl.engines.decoder import bare_model
+from localrl.engines.weights import compute_device
 from localrl.sections import AdapterSettings, ModelSettings
 from localrl.settings import UserError
 
@@ -105,6 +107,28 @@ def freeze(model: nn.Module) -> nn.Module:
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
     return model
+
+
+def keep_embedding_on_host(model: nn.Module) -> int:
+    """Moves the embedding's weight to the host's memory, for good: lookups happen there, and their rows go to the device. -> bytes moved.
+
+    Rows that are looked up are few, so what a card saves costs a wait for the host at every pass; decoding steps are not captured as CUDA graphs
+    any more. On a CPU nothing moves. Raises UserError where the weight is the output layer's too, which every pass reads whole.
+    """
+    bare: Any = bare_model(model)
+    embedding, output = bare.get_input_embeddings(), bare.get_output_embeddings()
+    if output is not None and output.weight.untyped_storage()._cdata == embedding.weight.untyped_storage()._cdata:
+        raise UserError(
+            f"memory.embedding_on_host = true but this {bare.config.model_type} model's embedding is its output layer too, which the card needs: "
+            "leave it unset"
+        )
+    device, before = compute_device(bare), embedding.weight.device
+    if before.type != "cpu":
+        embedding.to("cpu")
+    # Hooks and no class of its own: a family's embedding may do more than look up, and the weight keeps its name.
+    embedding.register_forward_pre_hook(lambda module, inputs: (inputs[0].to(module.weight.device), *inputs[1:]))
+    embedding.register_forward_hook(lambda module, inputs, rows: rows.to(device), prepend=True)
+    return int(embedding.weight.nbytes) if before.type != "cpu" else 0
 
 
 def attach(base: nn.Module, settings: AdapterSettings, seed: int, critic: bool = False) -> Any:

@@ -11,7 +11,7 @@ de-quantised into one anyway, for every pass, and the fold costs r / tokens of t
 Half precision, where the fold would round small deltas away: the base layer's own forward pass, as it rounds, plus scaling * (x A^T) B^T
 with A and B cast to the activations' type. Backward, dx is formed in that type, dA and dB are summed in float32.
 
-Several gradients at once: while a layer has a `collector`, its backward pass weighs the rows of the micro-batch once for each direction
+Several gradients at once: while a layer has a `collector`, its backward pass weighs the tokens of the micro-batch once for each direction
 and hands the collector one dA and one dB a direction (see `localrl.policy.directions`).
 """
 
@@ -35,7 +35,7 @@ class Collector(Protocol):
     adapter: str
     """The adapter whose gradients are wanted."""
     coefficients: Tensor
-    """(rows of the micro-batch, D) float32."""
+    """(N tokens of the micro-batch, D) float32."""
 
     def take(self, da: Tensor, db: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """(D, r, in), (D, r, out) float32, its to keep or change -> what the ordinary gradients of A (r, in) and B (out, r) become."""
@@ -72,27 +72,76 @@ class Folding:
     collector: Collector | None = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        term = None if args or kwargs or not x.is_floating_point() or torch.is_autocast_enabled(x.device.type) else only_term(self)
-        kind = compute_dtype(self, x.dtype) if isinstance(self, nn.Module) else None
-        plain = term is not None and kind is not None
-        out = _Adapted.apply(x, term.a, term.b, term, kind, self) if plain else super().forward(x, *args, **kwargs)  # type: ignore[misc, union-attr]
+        step = None if args or kwargs else Step.of(self, x)
+        term = None if step is None else step.term
+        out = super().forward(x, *args, **kwargs) if term is None else _Adapted.apply(x, term.a, term.b, step)  # type: ignore[misc]
         assert isinstance(out, Tensor)
         return out
 
 
-def only_term(layer: Any) -> Term | None:
-    """The one plain adapter without dropout that a call of this layer would add now; None: it would do something else."""
-    terms = adapters_of(layer)
-    if terms is None or len(terms) != 1:
-        return None
-    name = next(name for name in layer.active_adapters if name in layer.lora_A)
-    return Term(name, *terms[0]) if isinstance(layer.lora_dropout[name], nn.Identity) else None
+class Step(NamedTuple):
+    """What a call of a linear layer, adapted or not, does now, and its way back. Rows are flat: (N, in) -> (N, out)."""
+
+    layer: Any
+    kind: torch.dtype
+    """In which the base multiplies."""
+    term: Term | None
+
+    @classmethod
+    def of(cls, layer: Any, x: Tensor) -> Step | None:
+        """None: it would do something else than W x + b and at most one plain adapter without dropout, or its input is not for that."""
+        terms, kind = adapters_of(layer), compute_dtype(layer, x.dtype) if isinstance(layer, nn.Module) else None
+        if terms is None or len(terms) > 1 or kind is None or not x.is_floating_point() or torch.is_autocast_enabled(x.device.type):
+            return None
+        if not terms:
+            return cls(layer, kind, None)
+        name = next(name for name in layer.active_adapters if name in layer.lora_A)
+        return cls(layer, kind, Term(name, *terms[0])) if isinstance(layer.lora_dropout[name], nn.Identity) else None
+
+    def folds(self, x: Tensor) -> bool:
+        """Whether base and adapter go as one float32 matrix."""
+        return x.dtype == self.kind == torch.float32
+
+    def low(self, x: Tensor) -> Tensor:
+        """x A^T. (N, in) -> (N, r), in its type."""
+        assert self.term is not None
+        return x @ self.term.a.to(x.dtype).T
+
+    def output(self, x: Tensor, u: Tensor | None = None) -> Tensor:
+        """(N, in) -> (N, out). `u`: low(x), if it is at hand."""
+        if self.term is None:
+            return base_of(self.layer)(x)
+        if self.folds(x):
+            return F.linear(x, folded(self.layer, *self.term[1:]), base_of(self.layer).bias)
+        out, u = base_of(self.layer)(x), self.low(x) if u is None else u
+        return out.addmm_(u.to(out.dtype), self.term.b.to(out.dtype).T, alpha=self.term.scaling)
+
+    def back(self, dy: Tensor) -> Tensor | None:
+        """scaling * dy B, which both gradients begin with. (N, out) -> (N, r) float32."""
+        return None if self.term is None else product(dy, self.term.b) * self.term.scaling
+
+    def input_gradient(self, dy: Tensor, v: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """(N, out), back(dy) -> (N, in) of the input's type."""
+        if self.term is not None and dtype == self.kind == torch.float32:
+            return dy @ folded(self.layer, *self.term[1:])
+        weight = dequantised(self.layer, self.kind)
+        dx = (dy.to(weight.dtype) @ weight).to(dtype)
+        return dx if self.term is None or v is None else dx.addmm_(v.to(dtype), self.term.a.to(dtype))
+
+    def collector(self, x: Tensor) -> Collector | None:
+        """Who takes several gradients of this adapter, if anybody does. (N, in)."""
+        collector: Collector | None = getattr(self.layer, "collector", None)
+        if collector is None or self.term is None or collector.adapter != self.term.adapter:
+            return None
+        if len(x) != len(collector.coefficients):
+            raise RuntimeError(f"{len(collector.coefficients)} tokens have coefficients, but a layer reads {len(x)}: it does not keep rows apart")
+        return collector
 
 
 def folded(layer: Any, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """W + scaling * B A. (r, in), (out, r) -> (out, in) float32, never the live weight itself."""
     weight = dequantised(layer, torch.float32)
-    if weight.data_ptr() == base_of(layer).weight.data_ptr():
+    if weight.untyped_storage()._cdata == base_of(layer).weight.untyped_storage()._cdata:
         return torch.addmm(weight, b, a, alpha=scaling)
     return weight.addmm_(b, a, alpha=scaling)
 
@@ -100,13 +149,13 @@ def folded(layer: Any, a: Tensor, b: Tensor, scaling: float) -> Tensor:
 def low_rank_gradients(v: Tensor, x: Tensor, u: Tensor, dy: Tensor, coefficients: Tensor | None) -> tuple[Tensor, Tensor]:
     """The gradients of A and B, summed in float32; with coefficients one a direction, out of two products D * r wide.
 
-    v = scaling * dy B (N, r), x (N, in), u = scaling * x A^T (N, r), dy (N, out), coefficients (rows, D), N = rows * positions
+    v = scaling * dy B (N, r), x (N, in), u = scaling * x A^T (N, r), dy (N, out), coefficients (N, D)
     -> dA (r, in), dB (out, r), or dA (D, r, in), dB (D, r, out).
     """
     if coefficients is None:
         return product(v.T, x), product(dy.T, u)
-    each, rank = coefficients.repeat_interleave(len(v) // len(coefficients), 0), v.shape[1]                              # (N, D)
-    da, db = (product(spread_out(each, narrow).T, wide) for narrow, wide in ((v, x), (u, dy)))
+    rank = v.shape[1]
+    da, db = (product(spread_out(coefficients, narrow).T, wide) for narrow, wide in ((v, x), (u, dy)))
     return da.view(-1, rank, x.shape[1]), db.view(-1, rank, dy.shape[1])
 
 
@@ -134,37 +183,28 @@ def product(p: Tensor, q: Tensor) -> Tensor:
 
 class _Adapted(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, term: Term, kind: torch.dtype, layer: Any) -> Tensor:
-        ctx.adapter, ctx.scaling, ctx.kind, ctx.layer = term.adapter, term.scaling, kind, layer
-        if x.dtype == kind == torch.float32:
-            ctx.save_for_backward(x, a, b)
-            return F.linear(x, folded(layer, a, b, term.scaling), base_of(layer).bias)
-        u = flat(x) @ a.to(x.dtype).T
-        ctx.save_for_backward(x, a, b, u)
-        out = base_of(layer)(x)
-        return flat(out).addmm_(u.to(out.dtype), b.to(out.dtype).T, alpha=term.scaling).view(out.shape)
+    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, step: Step) -> Tensor:
+        rows, ctx.step = flat(x), step
+        u = None if step.folds(x) else step.low(rows)
+        ctx.save_for_backward(x, a, b, *([] if u is None else [u]))
+        return step.output(rows, u).view(*x.shape[:-1], len(b))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        (x, a, b, *kept), layer, scaling = ctx.saved_tensors, ctx.layer, ctx.scaling
-        rows, inputs, dx = flat(dy), flat(x), None
-        v = product(rows, b) * scaling
-        if ctx.needs_input_grad[0]:
-            if kept:
-                weight = dequantised(layer, ctx.kind)
-                dx = (rows.to(weight.dtype) @ weight).to(x.dtype).addmm_(v.to(x.dtype), a.to(x.dtype)).view(x.shape)
-            else:
-                dx = (rows @ folded(layer, a, b, scaling)).view(x.shape)
+        x, _, _, *kept = ctx.saved_tensors
+        step: Step = ctx.step
+        rows, inputs = flat(dy), flat(x)
+        v = step.back(rows)
+        assert v is not None and step.term is not None
+        dx = step.input_gradient(rows, v, x.dtype).view(x.shape) if ctx.needs_input_grad[0] else None
         if not any(ctx.needs_input_grad[1:3]):
-            return dx, None, None, None, None, None
-        u = (kept[0] if kept else inputs @ a.T) * scaling
-        collector = layer.collector
-        if collector is None or collector.adapter != ctx.adapter:
-            return dx, *low_rank_gradients(v, inputs, u, rows, None), None, None, None
-        if len(x) != len(collector.coefficients):
-            raise RuntimeError(f"{len(collector.coefficients)} rows have coefficients, but a layer reads {tuple(x.shape)}: it does not keep rows apart")
-        return dx, *collector.take(*low_rank_gradients(v, inputs, u, rows, collector.coefficients)), None, None, None
+            return dx, None, None, None
+        u = (kept[0] if kept else step.low(inputs)) * step.term.scaling
+        collector = step.collector(inputs)
+        if collector is None:
+            return dx, *low_rank_gradients(v, inputs, u, rows, None), None
+        return dx, *collector.take(*low_rank_gradients(v, inputs, u, rows, collector.coefficients)), None
 
 
 def flat(x: Tensor) -> Tensor:

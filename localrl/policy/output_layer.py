@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from localrl.devices import kind_of
 from localrl.settings import UserError
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -138,7 +139,7 @@ def multiplies_into_fp32(device: torch.device) -> bool:
     >>> multiplies_into_fp32(torch.device("cpu"))
     False
     """
-    return torch._C._dispatch_has_kernel_for_dispatch_key("aten::mm.dtype", device.type.upper())
+    return torch._C._dispatch_has_kernel_for_dispatch_key("aten::mm.dtype", device.type.upper()) or (kind_of(device) == "cuda" != device.type)
 
 
 def bare_model(model: Any) -> Any:

@@ -43,7 +43,7 @@ def seeds_of(policy: Policy, batch: Batch, rows: Tensor) -> list[Seed]:
 
 def gather(policy: Policy, directions: Directions, parts: Sequence[Tensor] = PARTS, batch: Batch | None = None) -> None:
     for rows in parts:
-        directions.backward(seeds_of(policy, batch or a_batch(), rows))
+        directions.backward(seeds_of(policy, batch or a_batch(), rows), policy.token_rows)
 
 
 def taken(policy: Policy) -> list[Tensor]:
@@ -126,7 +126,7 @@ def test_two_passes_are_exact_for_the_weights(make_model: Make, quantization: st
         assert cosine_error(directions.gram(), gram_of(truth)) < 0.05
         directions.combine(WEIGHTS)
         assert not taken(policy)
-        directions.backward(seeds_of(policy, a_batch(), PARTS[0]))
+        directions.backward(seeds_of(policy, a_batch(), PARTS[0]), policy.token_rows)
         with pytest.raises(RuntimeError, match="6 rows are missing"):
             directions.gram()
         gather(policy, directions, [torch.tensor([3]), torch.tensor([0, 1])])                   # another split of the same rows
@@ -221,7 +221,7 @@ def test_only_the_adapter_is_touched_and_nothing_stays_attached(make_model: Make
     policy = a_small_policy(make_model, critic=True)
     batch, directions = a_batch(), Directions(policy.model, ADAPTER, D, "float32")
     readout = policy.read(batch, {"logp", "value"})
-    directions.backward([Seed(readout.logp.sum() + readout.value.sum(), COEFFICIENTS[0])])
+    directions.backward([Seed(readout.logp.sum() + readout.value.sum(), COEFFICIENTS[0])], policy.token_rows)
     assert not taken(policy)
     assert all(layer.collector is None for layer in policy.model.modules() if hasattr(layer, "collector"))
     policy.read(batch, {"value"}).value.sum().backward()              # the critic learns as ever
@@ -244,9 +244,9 @@ def test_rows_and_directions_must_fit(make_model: Make) -> None:
     policy = a_small_policy(make_model)
     directions, value = Directions(policy.model, ADAPTER, D, "float32"), policy.read(a_batch(), {"logp"}).logp.sum()
     with pytest.raises(ValueError, match="for 3 directions"):
-        directions.backward([Seed(value, torch.ones(4, 2))])
+        directions.backward([Seed(value, torch.ones(4, 2))], policy.token_rows)
     with pytest.raises(RuntimeError, match="does not keep rows apart"):
-        directions.backward([Seed(value, torch.ones(3, 3))])
+        directions.backward([Seed(value, torch.ones(4, 3))], policy.token_rows[1:])
     with pytest.raises(ValueError, match="2 weights for 3"):
         directions.combine((1.0, 2.0))
     with pytest.raises(UserError, match="3 directions"):
@@ -256,7 +256,7 @@ def test_rows_and_directions_must_fit(make_model: Make) -> None:
 def test_a_linear_layer_by_hand() -> None:
     v = load_file(VECTORS / "lora_multireward_linear.safetensors")
     scale, dy, x = float(v["scale"]), v["dy"].flatten(0, 1), v["x"].flatten(0, 1)
-    da, db = low_rank_gradients(scale * dy @ v["B"], x, scale * x @ v["A"].T, dy, v["coeff"].T)
+    da, db = low_rank_gradients(scale * dy @ v["B"], x, scale * x @ v["A"].T, dy, v["coeff"].T.repeat_interleave(v["x"].shape[1], 0))
     torch.testing.assert_close(da, v["dA"])
     torch.testing.assert_close(db.transpose(1, 2), v["dB"])
     both = torch.cat([da.flatten(1), db.flatten(1)], 1)
