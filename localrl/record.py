@@ -20,6 +20,8 @@ from localrl.engines import Engine
 from localrl.evaluate import completion_rows, evaluate
 from localrl.folder import RunFolder, read_lines, verify_checkpoint
 from localrl.health import Health
+from localrl.memory.reality import Others, Teacher, key
+from localrl.metrics import Clock
 from localrl.rewards import Rewards
 from localrl.settings import UserError
 from localrl.train import Session
@@ -52,6 +54,8 @@ class Recorder:
     def __init__(self, session: Session, folder: RunFolder, exam: Exam | None, display: Display) -> None:
         self.session, self.folder, self.exam, self.display = session, folder, exam, display
         self.health = Health(session.rewards.names, session.algorithm, read_lines(folder.path / "metrics.jsonl"))
+        self._others = Others(session.policy.device)
+        self._teacher = Teacher(key(session.plan.card, session.plan.shape, session.plan.work), display.say)
         self._last_beat = 0.0
 
     def phase(self, name: str) -> None:
@@ -64,7 +68,8 @@ class Recorder:
         """A step is done: write it down and look at it."""
         run, rewards = self.session.run, self.session.rewards
         report = rewards.report()
-        metrics |= report.metrics()
+        metrics |= report.metrics() | self._others.metrics()
+        self._teacher.look(metrics)
         for text in (*report.messages, *self.health.look(metrics)):
             self.display.say(text)
         self.folder.append("metrics.jsonl", {**metrics, "timestamp": time.time()})
@@ -91,12 +96,13 @@ class Recorder:
         """Held-out rewards now; one line in evaluations.jsonl."""
         assert self.exam is not None
         run, rewards = self.session.run, self.exam.rewards
-        self.display.phase("evaluation")
-        result = evaluate(self.exam.engine, rewards, self.exam.prompts, run.eval, run.rollout)
+        clock = Clock(self.display.phase, self.session.policy.device)
+        with clock("evaluation"):
+            result = evaluate(self.exam.engine, rewards, self.exam.prompts, run.eval, run.rollout)
         report = rewards.report()
         for text in report.messages:
             self.display.say(text)
-        self.folder.append("evaluations.jsonl", {"step": step, **result.metrics, "timestamp": time.time()})
+        self.folder.append("evaluations.jsonl", {"step": step, **result.metrics, **clock.memory(), "timestamp": time.time()})
         scores = ", ".join(f"{name} {result.metrics[f'eval/rewards/{name}/mean']:.3f}" for name in rewards.names)
         self.display.say(f"held-out after {step} steps: reward {result.metrics['eval/reward']:.3f} ({scores})")
         return result.metrics
@@ -107,7 +113,10 @@ class Recorder:
         with self.folder.checkpoint(session.policy.step, session.run.log.save_total_limit) as folder:
             session.policy.save(folder)
             save_file({"torch": torch.get_rng_state()}, folder / "rng.safetensors")
-            state = {"step": session.policy.step, "buffer": session.buffer.state(), "algorithm": session.algorithm.model_dump(mode="json")}
+            state = {
+                "step": session.policy.step, "buffer": session.buffer.state(), "algorithm": session.algorithm.model_dump(mode="json"),
+                "limits": session.limits.to_dict(),
+            }  # fmt: skip
             (folder / "trainer.json").write_text(json.dumps(state))
 
     def beat(self, state: Any, message: str = "") -> None:
@@ -125,6 +134,13 @@ def read_trainer(checkpoint: Path) -> tuple[int, dict[str, Any], Algorithm]:
         return int(state["step"]), state["buffer"], algorithm
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{checkpoint / 'trainer.json'} cannot be read ({type(error).__name__}): resume from another checkpoint") from None
+
+
+def read_limits(checkpoint: Path) -> dict[str, int | None]:
+    """What running out of memory had taught the run until then; nothing, if the checkpoint was written before there was such a note."""
+    limits = json.loads((checkpoint / "trainer.json").read_text()).get("limits", {})
+    assert isinstance(limits, dict)
+    return limits
 
 
 def restore_rng(checkpoint: Path) -> None:

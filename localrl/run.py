@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from localrl.algorithms.base import Algorithm
@@ -21,9 +22,10 @@ from localrl.engines.torch import TorchEngine
 from localrl.evaluate import EVAL_VERSION
 from localrl.folder import RunFolder, find_checkpoint, read_lines, read_run, write_whole
 from localrl.interrupt import Interrupts
+from localrl.oom import Limits, OutOfMemory
 from localrl.policy.policy import Policy
 from localrl.prepare import Prepared, anchor, open_rewards, prepare
-from localrl.record import Display, Exam, Recorder, read_trainer, restore_rng
+from localrl.record import Display, Exam, Recorder, read_limits, read_trainer, restore_rng
 from localrl.rewards import LoggedRewards, Rewards, Scores
 from localrl.settings import UserError
 from localrl.train import Session, train
@@ -51,7 +53,7 @@ class Room:
 def assemble(prepared: Prepared, judges: Rewards | None, display: Display, algorithm: Algorithm | None = None, log: Path | None = None) -> Iterator[Room]:
     """Load the model and put a session together; on leaving, whatever samples elsewhere is ended. The display hears how far a wave is."""
     run, plan = prepared.run, prepared.plan
-    algorithm = (algorithm or run.algorithm).for_sampler(exact=run.own_samples)
+    algorithm = (algorithm or run.algorithm).for_sampler(exact=run.own_samples and plan.choice.kv_cache == "full")
     rewards: Scores
     if prepared.log is not None:
         rewards = LoggedRewards(prepared.log.names)
@@ -60,22 +62,26 @@ def assemble(prepared: Prepared, judges: Rewards | None, display: Display, algor
         rewards = judges
     policy = Policy.create(
         run, critic="value" in algorithm.reads_before | algorithm.reads_during, checkpointing=plan.gradient_checkpointing, head_chunk=plan.head_chunk,
-        directions=algorithm.directions(rewards.weights), kept_as=plan.directions,
+        directions=algorithm.directions(rewards.weights), kept_as=plan.directions, mlp_tile=plan.choice.mlp_tile, offload=plan.choice.offload,
+        embedding_on_host=plan.choice.embedding_on_host,
     )  # fmt: skip
     sampling = run.rollout.model_copy(update={"concurrent": plan.concurrent})
-    own = TorchEngine(policy.model, policy.tokenizer, sampling, run.seed, display.part)
+    own = TorchEngine(policy.model, policy.tokenizer, sampling, run.seed, display.part, kv_cache=plan.choice.kv_cache)
     engine: Engine = own
     if run.search.processes:
         from localrl.engines.searchers import Searchers
 
         reference = "ref" in algorithm.reads_before
-        engine = Searchers(run, concurrent=plan.concurrent, with_reference=reference, say=display.say, progress=display.part, log=log)
+        engine = Searchers(
+            run, concurrent=plan.concurrent, with_reference=reference, kv_cache=plan.choice.kv_cache, say=display.say, progress=display.part, log=log
+        )
     logged = None if prepared.log is None else prepared.log.rollouts
     buffer = make_buffer(
         run, prepared.data.train, weights=rewards.weights, reward_names=rewards.names, group_size=algorithm.group_size, log=logged
     )
     try:
-        yield Room(Session(run, algorithm, policy, engine, buffer, rewards, plan), own, judges)
+        limits = policy.limits = own.limits = Limits(say=display.say)
+        yield Room(Session(run, algorithm, policy, engine, buffer, rewards, plan, limits), own, judges)
     finally:
         engine.close()
 
@@ -89,7 +95,7 @@ def calibrate(room: Room, prepared: Prepared) -> Algorithm:
     rollouts = room.own.generate(requests, EVAL_VERSION - 1, settings=whole)
     batch = collate(rollouts, (), session.run.rollout.max_completion_length).to(session.policy.device)
     readout = session.policy.read_whole(batch, session.algorithm.calibrates, session.plan.split(batch.sequence_length))
-    return session.algorithm.calibrate(batch, readout)
+    return session.limits.again("calibrating", partial(session.algorithm.calibrate, batch, readout))
 
 
 def train_run(run: Run, display: Display) -> Path:
@@ -148,6 +154,7 @@ def resume_run(path: Path, display: Display, steps: int | None = None) -> Path:
                 write_whole(path / "run.toml", run.dump())          # its new length, for the next time it is resumed
                 room.session.buffer.restore(buffer)
                 restore_rng(checkpoint)
+                room.session.limits.learn(read_limits(checkpoint))
                 folder.rewind(step)
                 display.say(f"resumed {path} after step {step}")
                 return _go(room, folder, prepared, display)
@@ -169,6 +176,12 @@ def _go(room: Room, folder: RunFolder, prepared: Prepared, display: Display) -> 
         recorder.checkpoint()
         recorder.beat("stopped", "interrupted")
         display.say(f"stopped after step {session.policy.step}; go on with `localrl resume {folder.path}`")
+        raise
+    except OutOfMemory as error:
+        if not session.policy.updates:                             # the state between two steps; else the last checkpoint has one
+            recorder.checkpoint()
+        recorder.beat("failed", str(error))
+        display.say(f"stopped after step {session.policy.step}; go on with `localrl resume {folder.path}` once there is room")
         raise
     except BaseException as error:
         recorder.beat("failed", f"{type(error).__name__}: {error}")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections import defaultdict
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from localrl.algebra import token_mean
@@ -15,7 +18,9 @@ from localrl.config import Run
 from localrl.engines import Engine
 from localrl.interrupt import Interrupts
 from localrl.memory.plan import MemoryPlan
+from localrl.memory.reality import tensors
 from localrl.metrics import Clock, Metrics, describe, entropy_and_mismatch, mismatch
+from localrl.oom import Limits
 from localrl.policy.policy import Policy
 from localrl.rewards import Scores
 
@@ -31,6 +36,8 @@ class Session:
     buffer: Buffer
     rewards: Scores
     plan: MemoryPlan
+    limits: Limits = field(default_factory=Limits)
+    """What running out of memory has taught; the policy and the engine heed them."""
 
 
 class Watch(Protocol):
@@ -45,11 +52,11 @@ def train(session: Session, watch: Watch, interrupts: Interrupts) -> None:
     """From the policy's step to the run's last one. After an interrupt the session stands as it did before the step that was cut."""
     policy, buffer = session.policy, session.buffer
     for step in range(policy.step, session.run.steps):
-        clock, before = Clock(watch.phase, policy.device), buffer.snapshot()
+        clock, before = Clock(watch.phase, policy.device, tensors(session.plan.phases, session.plan.card)), buffer.snapshot()
         try:
             done = one_step(session, step, clock, interrupts)
         except BaseException:
-            if not interrupts.held:                              # cut before its update: as if it had never begun
+            if not policy.updates:                               # cut before its update: as if it had never begun
                 policy.drop_gradients()
                 buffer.rollback(before)
             raise
@@ -60,14 +67,13 @@ def train(session: Session, watch: Watch, interrupts: Interrupts) -> None:
 
 def one_step(session: Session, step: int, clock: Clock, interrupts: Interrupts) -> tuple[Metrics, list[Rollout], Tensor | None]:
     """Sample, score, give credit, update."""
-    run, algorithm, policy = session.run, session.algorithm, session.policy
+    run, algorithm, policy, again = session.run, session.algorithm, session.policy, session.limits.again
     rollouts = gather(session, step, clock)
-    batch = collate(rollouts, session.rewards.weights, run.rollout.max_completion_length, step).to(policy.device)
-    parts = session.plan.split(batch.sequence_length)
+    batch, parts = again("laying out the step", partial(laid_out, session, rollouts, step))
     before = algorithm.reads_before | (frozenset({"logp"}) if run.optim.num_iterations > 1 else frozenset())
     with clock("scoring"):
         readout = policy.read_whole(batch, before, parts) if before else Readout()
-        credit = algorithm.credit(batch, readout)
+        credit = again("giving credit", partial(algorithm.credit, batch, readout))
     stats: Metrics = {}
     for _ in range(run.optim.num_iterations):
         with clock("learn"):
@@ -75,12 +81,24 @@ def one_step(session: Session, step: int, clock: Clock, interrupts: Interrupts) 
         interrupts.hold()
         with clock("update"):
             stats |= policy.update(rate)
-    policy.step = step + 1
-    if readout.logp is not None:
-        stats |= mismatch(batch, readout.logp)
+    stats |= again("describing the step", partial(look_back, session, batch, readout, credit, clock))
+    weights = again("describing the step", partial(algorithm.token_weights, credit))
+    policy.step, policy.updates = step + 1, 0
+    return {"step": policy.step, **stats, "memory/oom_retries": float(session.limits.count())}, rollouts, weights
+
+
+def laid_out(session: Session, rollouts: list[Rollout], step: int = 0) -> tuple[Batch, list[Tensor]]:
+    """Rollouts as a batch on the policy's device, and the rows of each micro-batch."""
+    batch = collate(rollouts, session.rewards.weights, session.run.rollout.max_completion_length, step).to(session.policy.device)
+    return batch, session.plan.split(batch.sequence_length)
+
+
+def look_back(session: Session, batch: Batch, readout: Readout, credit: Any, clock: Clock) -> Metrics:
+    """What there is to say of a step that is done."""
+    stats = {} if readout.logp is None else mismatch(batch, readout.logp)
     sampling = session.engine.metrics()
     stats |= describe(batch, session.rewards.names) | sampling | session.buffer.metrics()
-    return {"step": policy.step, **stats, **algorithm.observe(batch, credit), **clock.report(batch, sampling)}, rollouts, algorithm.token_weights(credit)
+    return {**stats, **session.algorithm.observe(batch, credit), **clock.report(batch, sampling)}
 
 
 def gather(session: Session, step: int, clock: Clock) -> list[Rollout]:
@@ -105,8 +123,8 @@ def with_reference(session: Session, rollouts: list[Rollout]) -> list[Rollout]:
     todo = [rollout for rollout in rollouts if rollout.ref is None]
     if not todo:
         return rollouts
-    batch = collate(todo, session.rewards.weights, session.run.rollout.max_completion_length).to(session.policy.device)
-    ref = session.policy.read_whole(batch, {"ref"}, session.plan.split(batch.sequence_length)).ref
+    batch, parts = session.limits.again("laying out the step", partial(laid_out, session, todo))
+    ref = session.policy.read_whole(batch, {"ref"}, parts).ref
     assert ref is not None
     read = iter(ref.tolist())
     return [r if r.ref is not None else replace(r, ref=tuple(next(read)[: len(r.tokens)])) for r in rollouts]
@@ -118,7 +136,8 @@ def learn(session: Session, batch: Batch, credit: Any, parts: list[Tensor]) -> t
     stats = accumulate(algorithm, policy, batch, credit, parts)
     if policy.directions is None:
         return stats, 1.0
-    steering = algorithm.steer(policy.directions.gram(), weights, list(policy.past))
+    directions = policy.directions
+    steering = session.limits.again("comparing directions", lambda: algorithm.steer(directions.gram(), weights, list(policy.past)))
     stats |= policy.turn(steering.weights, steering.stats)
     if policy.directions.passes == 2:
         accumulate(algorithm, policy, batch, credit, parts)
@@ -127,21 +146,23 @@ def learn(session: Session, batch: Batch, credit: Any, parts: list[Tensor]) -> t
 
 def accumulate(algorithm: Algorithm, policy: Policy, batch: Batch, credit: Any, parts: list[Tensor]) -> Metrics:
     """Gradients of the whole step, micro-batch by micro-batch. Losses are sums, so the split does not matter."""
-    stats: dict[str, Tensor] = {}
-    weight = token_mean(batch.fresh)
+    found: dict[str, list[Tensor]] = defaultdict(list)
+    share = policy.limits.again("weighing tokens", lambda: token_mean(batch.fresh))
     for rows in parts:
-        part = batch[rows]
-        width = part.tokens.shape[1]
-        share, own = weight[rows, :width], rows_of(credit, rows, width)
         for columns in algorithm.readings:
-            for name, value in one_reading(algorithm, policy, part, own, columns, share).items():
-                stats[name] = stats[name] + value if name in stats else value
-    return {name: value.item() for name, value in stats.items()}
+            for stats in policy.in_pieces("learning", partial(one_reading, algorithm, policy, batch, credit, share, columns), rows, batch):
+                for name, value in stats.items():
+                    found[name].append(value)
+    return policy.limits.again("adding up metrics", lambda: {name: torch.stack(values).sum().item() for name, values in found.items()})
 
 
-def one_reading(algorithm: Algorithm, policy: Policy, part: Batch, credit: Any, columns: frozenset[str], share: Tensor) -> dict[str, Tensor]:
-    """Forward and backward; when it returns, nothing of the graph is left."""
+def one_reading(
+    algorithm: Algorithm, policy: Policy, batch: Batch, credit: Any, share: Tensor, columns: frozenset[str], rows: Tensor
+) -> dict[str, Tensor]:
+    """Forward and backward of some rows; when it returns, nothing of the graph is left."""
+    part = batch[rows]
+    width = part.tokens.shape[1]
     readout = policy.read(part, columns | {"entropy"} if "logp" in columns else columns)
-    loss = algorithm.loss(part, readout, credit)
+    loss = algorithm.loss(part, readout, rows_of(credit, rows, width))
     policy.backward(loss)
-    return {"loss": loss.value.detach(), **loss.stats, **entropy_and_mismatch(part, readout, share)}
+    return {"loss": loss.value.detach(), **loss.stats, **entropy_and_mismatch(part, readout, share[rows, :width])}

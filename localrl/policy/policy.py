@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
@@ -17,17 +19,24 @@ from torch import Tensor, nn
 
 from localrl.batch import Batch, Loss, Readout
 from localrl.config import Run
+from localrl.engines.weights import compute_device
 from localrl.memory.work import DirectionKind
+from localrl.oom import Limits
 from localrl.policy.adapters import checkpoint_layers, using
+from localrl.policy.atomic import Ledger, in_pieces, way_out
 from localrl.policy.directions import Directions
 from localrl.policy.head import Head, read_tokens
-from localrl.policy.load import ADAPTER, CRITIC, attach, load_base, load_tokenizer
+from localrl.policy.lean import make_lean
+from localrl.policy.load import ADAPTER, CRITIC, attach, keep_embedding_on_host, load_base, load_tokenizer
 from localrl.policy.lora import fold_adapters
-from localrl.policy.optim import NamedParameters, learning_rate, make_optimizer, restore_state, state_tensors
+from localrl.policy.offload import offloading
+from localrl.policy.optim import NamedParameters, learning_rate, make_optimizer, restore_state, scale_down, state_tensors, take_step, total_norm
+from localrl.policy.packing import Index, Layout, can_pack, laid_out
 from localrl.settings import UserError
 
 ADAPTER_FILE, OPTIMIZER_FILE, CRITIC_FILE = "adapter_model.safetensors", "optimizer.safetensors", "critic.safetensors"
 DIRECTIONS_FILE = "directions.safetensors"
+T = TypeVar("T")
 PAST = 20
 """Steps whose steering is remembered."""
 
@@ -40,36 +49,52 @@ class Policy:
 
     def __init__(
         self, model: Any, tokenizer: Any, run: Run, *, checkpointing: bool, head_chunk: int, directions: Sequence[float] = (),
-        kept_as: DirectionKind = "float32",
+        kept_as: DirectionKind = "float32", mlp_tile: int = 0, offload: bool = False,
     ) -> None:  # fmt: skip
-        """`directions`: the gradients that are kept apart, if any, by their first weights; `kept_as`: in which form."""
+        """`directions`: the gradients that are kept apart, if any, by their first weights; `kept_as`: in which form. The other knobs are those of
+        the memory plan (`localrl.memory.work.Choice`)."""
         self.model, self.tokenizer, self.run = model, tokenizer, run
         self.step = 0
         """Steps of the loop that are behind it; with `run.steps` it decides the learning rate."""
         self.head = Head.of(model)
-        self.head.verify(model)
         fold_adapters(model)
-        self.head_chunk = head_chunk
-        self.device = next(model.parameters()).device
+        make_lean(model, mlp_tile)
+        self.head_chunk, self.offload = head_chunk, offload
+        self.device = compute_device(model)
         self.critic = nn.Linear(self.head.weight.shape[1], 1, device=self.device) if CRITIC in model.peft_config else None
         if self.critic is not None:
             nn.init.zeros_(self.critic.weight)
             nn.init.zeros_(self.critic.bias)
         checkpoint_layers(model, checkpointing)
         self.optimizer = make_optimizer(run.optim, self._groups())
+        self.updates = 0
+        """Of the step under way; 0: the state is that between two steps."""
+        self.limits = Limits()
+        """What running out of memory has taught about passes."""
+        self.ledger = Ledger(p for _, p in self.trainable())
+        self._way_out = way_out(run, checkpointing=checkpointing, offload=offload, mlp_tile=mlp_tile, head_chunk=head_chunk)
         self.directions = Directions(model, ADAPTER, len(directions), kept_as, directions) if directions else None
         """Gradients that are kept apart until the algorithm says how they add up."""
         self.past: deque[dict[str, float]] = deque(maxlen=PAST)
         """What was said of the last steps' directions."""
+        self._layout: Layout
+        """Of the last reading."""
 
     @classmethod
     def create(
-        cls, run: Run, *, critic: bool, checkpointing: bool, head_chunk: int, directions: Sequence[float] = (), kept_as: DirectionKind = "float32"
-    ) -> Policy:
+        cls, run: Run, *, critic: bool, checkpointing: bool, head_chunk: int, directions: Sequence[float] = (), kept_as: DirectionKind = "float32",
+        mlp_tile: int = 0, offload: bool = False, embedding_on_host: bool = False,
+    ) -> Policy:  # fmt: skip
         """The run's model with fresh adapters."""
         tokenizer = load_tokenizer(run.model)
         model = attach(load_base(run.model), run.adapter, run.seed, critic)
-        return cls(model, tokenizer, run, checkpointing=checkpointing, head_chunk=head_chunk, directions=directions, kept_as=kept_as)
+        if embedding_on_host:
+            keep_embedding_on_host(model)
+        Head.of(model).verify(model)
+        return cls(
+            model, tokenizer, run, checkpointing=checkpointing, head_chunk=head_chunk, directions=directions, kept_as=kept_as, mlp_tile=mlp_tile,
+            offload=offload,
+        )  # fmt: skip
 
     def trainable(self) -> NamedParameters:
         """Everything that learns, by name, in a fixed order."""
@@ -90,76 +115,103 @@ class Policy:
         tokens, the others of the fresh ones; a reference that the batch carries is not read again.
 
         Gradients flow if they are enabled where it is called (never through `ref`). Log-probabilities, entropies and log-sum-exps are
-        those of the tempered distribution that the run samples from. This is the only place that shifts: token t is predicted by the
-        hidden state one position before it.
+        those of the tempered distribution that the run samples from. Rows are laid end to end (`localrl.policy.packing`): nothing is padded.
         """
         columns = frozenset(columns)
+        layout = self._layout = Layout.of(batch)
         batch = batch.to(self.device)
         out: dict[str, Tensor] = {}
         if columns & {"logp", "entropy", "lse"}:
             with using(self.model, ADAPTER):
-                out |= self._tokens(batch, columns)
+                out |= self._tokens(batch, layout, columns)
         if "ref" in columns and batch.ref is not None:
             out["ref"] = batch.ref
         elif "ref" in columns:
             with torch.no_grad(), using(self.model, None):
-                out["ref"] = self._tokens(batch, frozenset({"logp"}))["logp"]
+                out["ref"] = self._tokens(batch, layout, frozenset({"logp"}))["logp"]
         if "value" in columns:
             if self.critic is None:
                 raise RuntimeError("this policy was built without a critic")
             with using(self.model, CRITIC):
-                out["value"] = _spread(self.critic(self._hidden(batch, batch.mask).float()).squeeze(1), batch.mask)
+                out["value"] = self._spread(self.critic(self._hidden(layout, False).float()).squeeze(1), layout, False)
         return Readout(**out)
 
     def read_whole(self, batch: Batch, columns: Iterable[str], parts: Iterable[Tensor]) -> Readout:
         """The same for a whole step without gradient, micro-batch by micro-batch (`parts`: the rows of each)."""
         columns = frozenset(columns)
-        whole = {name: torch.zeros(batch.mask.shape, device=self.device) for name in columns}
+        whole = self.limits.again("scoring", lambda: {name: torch.zeros(batch.mask.shape, device=self.device) for name in columns})
+
+        def read_some(rows: Tensor) -> None:
+            readout = self.read(batch[rows], columns)
+            for name in columns:
+                piece = getattr(readout, name)
+                whole[name][rows.to(self.device), : piece.shape[1]] = piece
+
         with torch.no_grad():
             for rows in parts:
-                readout = self.read(batch[rows], columns)
-                for name in columns:
-                    piece = getattr(readout, name)
-                    whole[name][rows.to(self.device), : piece.shape[1]] = piece
+                self.in_pieces("scoring", read_some, rows, batch)
         return Readout(**whole)
 
-    def _hidden(self, batch: Batch, mask: Tensor) -> Tensor:
-        """Hidden states that predict the tokens in `mask` (B, T). -> (N, H), row by row.
+    def _hidden(self, layout: Layout, only_fresh: bool) -> Tensor:
+        """Hidden states that predict the response's tokens (the fresh ones, or all). -> (n, H), row by row."""
+        bare = self.model.get_base_model()
+        decoder, tokens, positions = bare.get_decoder(), self._index(layout.tokens), self._index(layout.positions)
+        moving = offloading(self.model) if self.offload and torch.is_grad_enabled() else nullcontext()
+        if can_pack(bare):
+            with laid_out(bare.config, layout), moving:
+                states = decoder(input_ids=tokens[None], position_ids=positions[None], use_cache=False).last_hidden_state[0]
+        else:                                                        # its attention cannot be told where rows end: one by one
+            states = torch.cat([decoder(input_ids=row[None], use_cache=False).last_hidden_state[0] for row in tokens.split(layout.lengths)])
+        return states.index_select(0, self._index(layout.predicting(only_fresh)))
 
-        Rows are right-padded and no padding mask is passed: attention is causal, so padding cannot reach a real token, and a mask would
-        cost B * S * S bytes and the fused attention kernels.
-        """
-        width = int(batch.sequence_length.max())
-        columns = torch.arange(width, device=self.device)
-        context, length = batch.context_length[:, None], batch.sequence_length[:, None]
-        inputs = torch.zeros(len(batch), width, dtype=torch.int64, device=self.device)
-        inputs[columns < context] = batch.context[torch.arange(batch.context.shape[1], device=self.device) < context]
-        inside = torch.arange(batch.tokens.shape[1], device=self.device) < batch.response_length[:, None]
-        inputs[(columns >= context) & (columns < length)] = batch.tokens[inside]
-        states = self.model.get_base_model().get_decoder()(input_ids=inputs, use_cache=False).last_hidden_state
-        rows, tokens = mask.nonzero(as_tuple=True)
-        return states[rows, batch.context_length[rows] + tokens - 1]
-
-    def _tokens(self, batch: Batch, columns: frozenset[str]) -> dict[str, Tensor]:
+    def _tokens(self, batch: Batch, layout: Layout, columns: frozenset[str]) -> dict[str, Tensor]:
+        targets = batch.tokens.flatten().index_select(0, self._cells(layout, True))
         tokens = read_tokens(
-            self._hidden(batch, batch.fresh), batch.tokens[batch.fresh], self.head,
+            self._hidden(layout, True), targets, self.head,
             temperature=self.run.rollout.temperature, chunk=self.head_chunk, want_entropy="entropy" in columns,
         )  # fmt: skip
-        return {name: _spread(value, batch.fresh) for name in ("logp", "entropy", "lse") if name in columns and (value := getattr(tokens, name)) is not None}
+        found = {name: getattr(tokens, name) for name in ("logp", "entropy", "lse") if name in columns}
+        return {name: self._spread(value, layout, True) for name, value in found.items() if value is not None}
+
+    @property
+    def token_rows(self) -> Tensor:
+        """(N,) int64: of the tokens that the layers read last, each one's row."""
+        return self._index(self._layout.rows)
+
+    def _index(self, places: Index) -> Tensor:
+        return torch.from_numpy(places).to(self.device)
+
+    def _cells(self, layout: Layout, only_fresh: bool) -> Tensor:
+        """Flat places in a (B, T) column of the tokens that are read, (n,)."""
+        rows, columns = layout.cells(only_fresh)
+        return self._index(rows * layout.sampled.shape[1] + columns)
+
+    def _spread(self, values: Tensor, layout: Layout, only_fresh: bool) -> Tensor:
+        """Back to the rows and columns they came from, 0 elsewhere. (n,) -> (B, T)."""
+        column = torch.zeros(layout.sampled.size, dtype=values.dtype, device=values.device)
+        return column.index_copy(0, self._cells(layout, only_fresh), values).view(layout.sampled.shape)
 
     # -- learning -----------------------------------------------------------------------------------------------------------
 
+    def in_pieces(self, doing: str, work: Callable[[Tensor], T], rows: Tensor, batch: Batch) -> list[T]:
+        """`work` on some rows (n,) of a batch: all at once, or in pieces if memory runs out, with every gradient added once. -> what each piece
+        came to. Raises OutOfMemory if a single row is too much."""
+        return in_pieces(doing, work, rows, batch, self.limits, self.ledger, self._way_out)
+
     def backward(self, loss: Loss) -> None:
-        """Gather the gradients of one micro-batch: of the loss, or of each direction apart."""
+        """Gather the gradients of one micro-batch: of the loss, or of each direction apart. Where a pass over the same rows was broken off, what it owes."""
         if self.directions is not None:
-            self.directions.backward(loss.seeds)
+            self.directions.backward(loss.seeds, self.token_rows, self.ledger)
         elif loss.value.requires_grad:                               # a part may have nothing to teach yet
-            loss.value.backward()
+            if not self.ledger.paid:
+                loss.value.backward()
+            elif owing := [p for _, p in self.trainable() if self.ledger.owes(id(p))]:
+                torch.autograd.backward(loss.value, inputs=owing)
 
     def turn(self, weights: Sequence[float], stats: Mapping[str, float]) -> dict[str, float]:
         """Add the directions up to one gradient, and remember what was said of them. Returns it, with the cosine to the update before."""
         assert self.directions is not None
-        self.directions.combine(weights)
+        self.limits.again("adding up directions", partial(self.directions.combine, weights))
         turn = self.directions.turn()
         known = dict(stats) if math.isnan(turn) else {**stats, "steering/turn": turn}
         self.past.append(known)
@@ -175,10 +227,13 @@ class Policy:
         own = {"critic_grad_norm": self.run.optim.critic_learning_rate or self.run.optim.learning_rate}
         norms = {}
         for name, group in zip(("grad_norm", "critic_grad_norm"), self.optimizer.param_groups, strict=False):
-            norms[name] = nn.utils.clip_grad_norm_(group["params"], self.run.optim.max_grad_norm).item()
+            norms[name] = self.limits.again("updating", partial(total_norm, group["params"]))
             group["lr"] = rate * scheduled * own.get(name, self.run.optim.learning_rate) / self.run.optim.learning_rate
         if all(math.isfinite(norm) for norm in norms.values()) and rate > 0:
-            self.optimizer.step()
+            for norm, group in zip(norms.values(), self.optimizer.param_groups, strict=True):        # all norms are known by now: nothing is scaled twice
+                scale_down(group["params"], self.run.optim.max_grad_norm / (norm + 1e-6))
+            self.updates += 1
+            take_step(self.optimizer, self.limits)
         self.optimizer.zero_grad(set_to_none=True)
         return {**norms, "learning_rate": rate * scheduled}
 
@@ -232,11 +287,6 @@ class Policy:
             self.directions.restore(_read(folder / DIRECTIONS_FILE))
         state = json.loads((folder / "policy.json").read_text())
         self.step, self.past = int(state["step"]), deque(state.get("past", ()), maxlen=PAST)
-
-
-def _spread(values: Tensor, mask: Tensor) -> Tensor:
-    """Back to the rows and columns they came from, 0 elsewhere. (N,), (B, T) bool -> (B, T)."""
-    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
 
 
 def _read(path: Path) -> dict[str, Tensor]:
