@@ -16,8 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from localrl.devices import kind_of
 from localrl.engines.cache import Cache, Shape
 from localrl.engines.weights import Linear, common_dtype, live, multiply, unpacked
+from localrl.pieces import watched
 
 FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 STATIC_ROPE = ("default", "linear", "yarn", "llama3")
@@ -68,17 +70,19 @@ class Layer:
 
 
 class Decoder:
-    """One model, read for one call of `generate`. `unpack`: with a scratch copy of its weights; `fixed`: steps that can be captured."""
+    """One model, read for one call of `generate`. `unpack`: with a scratch copy of its weights; `fixed`: steps that can be captured;
+    `eight_bit`: keys and values in 8 bits."""
 
-    def __init__(self, model: Any, unpack: bool, longest: int, fixed: bool = False) -> None:
+    def __init__(self, model: Any, unpack: bool, longest: int, fixed: bool = False, eight_bit: bool = False) -> None:
         bare = bare_model(model)
         inner, head, config, first = bare.model, bare.lm_head, bare.config, bare.model.layers[0].self_attn
         plain = type(inner.embed_tokens) is nn.Embedding
-        self.embed: Linear = partial(F.embedding, weight=inner.embed_tokens.weight.detach()) if plain else inner.embed_tokens    # past hooks
-        self.device, self.own, self.unpack, self.fixed = inner.embed_tokens.weight.device, inner.embed_tokens.weight.dtype, unpack, fixed
+        self.device, self.own, self.unpack = inner.norm.weight.device, inner.embed_tokens.weight.dtype, unpack
+        self.fixed, self.eight_bit = fixed, eight_bit
+        self.embed: Linear = partial(_look_up, inner.embed_tokens.weight.detach()) if plain else inner.embed_tokens          # past hooks
         self.apart = plain and type(head) is nn.Linear
         """Past its making, it calls none of the model's modules."""
-        on_cpu = self.device.type == "cpu"
+        on_cpu = kind_of(self.device) == "cpu"
         self.dtype = torch.float32 if unpack and on_cpu else self.own
         """Of hidden states. On CPUs fp32 is quicker for all but the large products, and no further from a bf16 training path than bf16 is."""
         self.shape = Shape(
@@ -88,7 +92,7 @@ class Decoder:
         projections = [m for layer in inner.layers for m in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj)]
         self.pairs = unpack and self.dtype == torch.float32 and common_dtype(projections, self.own) is not None
         """Dimensions i and i + D/2 of q and k stand side by side, so that a rotation is one complex product."""
-        self.layers = [self._layer(layer.self_attn, layer.mlp, layer) for layer in inner.layers[: config.num_hidden_layers]]
+        self.layers = [self._layer(layer.self_attn, layer.mlp, layer) for layer in watched("layer", inner.layers[: config.num_hidden_layers])]
         self.norm, self.head = rms_norm(inner.norm, self.dtype), fp32_head(head, unpack)
         cos, sin = inner.rotary_emb(torch.zeros(1, dtype=self.dtype, device=self.device), torch.arange(longest, device=self.device)[None])
         half = self.shape.width // 2
@@ -120,9 +124,13 @@ class Decoder:
         -> logits of every row's first new token (n, V) float32, and the rows' cache. Contexts of like length should stand together.
         """
         lengths = [len(context) for context in contexts]
-        cache = Cache(self.shape, torch.tensor(lengths), torch.tensor(owner), room, self.device, self.fixed)
-        logits = [self._read(contexts[start:end], start, cache) for start, end in _chunks(lengths)]
-        return torch.cat(logits)[cache.owner], cache
+        cache = Cache(self.shape, lengths, owner, room, self.device, self.fixed, self.eight_bit)
+        read = [self._read(contexts[start:end], start, cache) for start, end in watched("prompts", _chunks(lengths))]
+        logits = read[0] if len(read) == 1 else torch.cat(read)
+        del read
+        if list(owner) == list(range(len(contexts))):
+            return logits, cache
+        return logits.index_select(0, torch.tensor(owner, device=self.device)), cache
 
     def _read(self, contexts: Sequence[Sequence[int]], start: int, cache: Cache) -> Tensor:
         """Contexts as rows, right-padded: attention is causal, so padding reaches no real token and no mask is needed. -> (u, V)."""
@@ -152,7 +160,7 @@ class Decoder:
         shape = self.shape
         rotated = shape.heads + shape.kv_heads
         turn = [part.index_select(0, positions) for part in self.turn]
-        for index, layer in enumerate(self.layers):
+        for index, layer in enumerate(watched("layer", self.layers)):
             heads = layer.qkv(layer.attention_norm(x)).view(x.shape[0], rotated + shape.kv_heads, shape.width)
             qk = heads[:, :rotated]
             if layer.qk_norm is not None:
@@ -165,11 +173,16 @@ class Decoder:
         return x
 
 
+def _look_up(weight: Tensor, tokens: Tensor) -> Tensor:
+    """(V, H), wherever it lies, and (n,) -> (n, H) where the tokens are."""
+    return F.embedding(tokens.to(weight.device), weight).to(tokens.device)
+
+
 def rms_norm(module: Any, dtype: torch.dtype, weight: Tensor | None = None) -> Linear:
     """Root-mean-square norm over the last dimension, of hidden states of `dtype`, with the module's epsilon and its weight or this one."""
     weight = module.weight.detach() if weight is None else weight
     size, epsilon = weight.shape[-1], module.variance_epsilon
-    if dtype != torch.float32 or weight.device.type != "cpu":
+    if dtype != torch.float32 or kind_of(weight.device) != "cpu":
         return lambda x: weight * F.rms_norm(x, (size,), None, epsilon)          # two roundings, as transformers has them
     scaled, floor = weight.float() * size**0.5, torch.tensor((size * epsilon) ** 0.5)
 
@@ -187,7 +200,7 @@ def fp32_head(layer: nn.Module, unpack: bool) -> Linear:
     weight, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach().float()
     if weight.dtype == torch.float32 and not unpack:
         return lambda x: F.linear(x.float(), weight, bias)
-    if weight.device.type == "cuda":
+    if kind_of(weight.device) == "cuda":
         product: Linear = lambda x: torch.mm(x.to(weight.dtype), weight.t(), out_dtype=torch.float32)  # noqa: E731
         return product if bias is None else lambda x: product(x) + bias
     product = multiply(weight.float(), bias)

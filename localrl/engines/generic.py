@@ -9,6 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer
+
+from localrl.engines.weights import compute_device
+from localrl.settings import UserError
 
 
 class ModelCache:
@@ -22,10 +26,21 @@ class ModelCache:
     def grow(self) -> None:
         """It grows by itself."""
 
-    def keep(self, rows: Tensor) -> None:
+    def fill(self, columns: int) -> None:
+        """As after `columns` steps in which every key and value was 0, without the steps. UserError for a cache of unknown kind."""
+        layers = getattr(self.kept, "layers", None)
+        if layers is None:
+            raise UserError(f"{type(self.kept).__name__} cannot be filled for a rehearsal: memory.probe=false does without one")
+        for layer in layers:
+            if isinstance(layer, DynamicLayer) and layer.is_initialized:             # other kinds keep a state of fixed size
+                _lengthen(layer, columns)
+        self.mask = torch.cat((self.mask, self.mask.new_ones(len(self.mask), columns)), 1)
+
+    def keep(self, rows: Sequence[int]) -> None:
         """Only these rows (k,) from now on. May name a row several times."""
-        self.kept.batch_select_indices(rows)
-        self.mask = self.mask[rows]
+        places = torch.tensor(rows, device=self.mask.device)
+        self.kept.batch_select_indices(places)
+        self.mask = self.mask[places]
 
 
 class OwnForward:
@@ -36,19 +51,18 @@ class OwnForward:
     def __init__(self, model: Any) -> None:
         self.model = model
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.device = inner.get_input_embeddings().weight.device
+        self.device = compute_device(inner)
         known = inspect.signature(inner.forward).parameters
         self.positioned, self.trimmed = "position_ids" in known, "logits_to_keep" in known
 
     def prefill(self, contexts: Sequence[Sequence[int]], owner: Sequence[int], room: int) -> tuple[Tensor, ModelCache]:
         """As `Decoder.prefill`. A cache whose rows cannot be copied is filled row by row instead of once a group."""
         logits, cache = self._read(contexts)
-        rows = torch.tensor(owner, device=self.device)
-        if len(rows) == len(contexts):
+        if len(owner) == len(contexts):
             return logits, cache
         if cache.foldable:
-            cache.keep(rows)
-            return logits[rows], cache
+            cache.keep(owner)
+            return logits[torch.tensor(owner, device=self.device)], cache
         return self._read([contexts[i] for i in owner])
 
     def _read(self, contexts: Sequence[Sequence[int]]) -> tuple[Tensor, ModelCache]:
@@ -72,6 +86,18 @@ class OwnForward:
         if self.trimmed:
             more["logits_to_keep"] = 1
         return self.model(input_ids=tokens, attention_mask=mask, past_key_values=kept, use_cache=True, **more)
+
+
+def _lengthen(layer: Any, columns: int) -> None:
+    """Zeros behind what a layer of transformers' own cache holds, as its own code would put them there one by one: what slides forgets, and
+    what it keeps lies in a tensor of the window's size in the end."""
+    step = columns - 1 if not layer.is_sliding else min(columns - 1, layer.sliding_window)
+    done = 0
+    while done < columns:
+        count = max(1, min(step, columns - 1 - done))                # the last one alone
+        keys, values = (kept.new_zeros(1).expand(*kept.shape[:2], count, kept.shape[3]) for kept in (layer.keys, layer.values))
+        layer.update(keys, values)
+        done += count
 
 
 def can_select(cache: Any) -> bool:

@@ -9,11 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from localrl.engines.weights import compute_device
+
 Step = Callable[[], None]
 
 
 def capturable(model: nn.Module) -> bool:
-    """Whether nothing in this model is known to stand against it: LLM.int8() with a threshold asks the host at every product."""
+    """Whether nothing in this model is known to stand against it: LLM.int8() with a threshold asks the host at every product, and an
+    embedding in the host's memory at every token."""
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    if embedding.weight.device != compute_device(model):
+        return False
     layers: list[Any] = [module for module in model.modules() if type(module).__name__ == "Linear8bitLt"]
     return all(layer.state.threshold == 0 for layer in layers)
 

@@ -20,6 +20,8 @@ Words = NDArray[np.uint64]
 GOLDEN = 0x9E3779B97F4A7C15
 BLOCK = 128
 """Probabilities that the sampler's upper level adds up into one."""
+AT_ONCE = 2**22
+"""Logits that the sampler works on at a time: its own copies of them take 32 MiB (96 where the tail is cut off, which sorts)."""
 
 
 def _mix(words: Words) -> Words:
@@ -64,7 +66,7 @@ class Sampler:
         The log-probability is that of the tempered distribution before top-k and top-p, nats; at temperature 0, which takes the
         likeliest token, that of temperature 1. Rows are taken some at a time where the vocabulary is large: no second copy of all logits.
         """
-        rows = max(1, 2**24 // logits.shape[1])
+        rows = max(1, AT_ONCE // logits.shape[1])
         if len(logits) <= rows:
             return self._some(logits, uniform)
         parts = [self._some(a, b) for a, b in zip(logits.split(rows), uniform.split(rows), strict=True)]

@@ -4,7 +4,7 @@ Three threads, so that nobody waits for the trainer, which is away learning most
 what was found, and the main one samples. The hearing one also ends the process as soon as the trainer is gone, even by `kill -9`: then
 standard input hangs up, whatever the main thread is doing.
 
-Messages in: {"run", "concurrent", "with_reference", "folder"} once, then {"adapter", "folder", "version"} and {"share", "groups"}.
+Messages in: {"run", "concurrent", "with_reference", "kv_cache", "folder"} once, then {"adapter", "folder", "version"} and {"share", "groups"}.
 Messages out: {"ready"} once, then {"taken"} and {"share", "version", "rollouts", "busy", "idle"}; {"failed"} if a person must put something right.
 """
 
@@ -54,7 +54,7 @@ class Searcher:
         torch.set_num_threads(run.search.threads)
         self.policy = Policy.create(run, critic=False, checkpointing=False, head_chunk=run.memory.head_chunk or HEAD_CHUNK)
         settings = run.rollout.model_copy(update={"concurrent": start["concurrent"]})
-        self.engine = TorchEngine(self.policy.model, self.policy.tokenizer, settings, run.seed)
+        self.engine = TorchEngine(self.policy.model, self.policy.tokenizer, settings, run.seed, kv_cache=start["kv_cache"])
         self.with_reference: bool = start["with_reference"]
         self.at_once = run.memory.micro_batch_tokens or REFERENCE_TOKENS
         self.version = 0

@@ -24,7 +24,7 @@ from contextlib import suppress
 from itertools import count, groupby
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from localrl.batch import Request, Rollout
 from localrl.config import Run
@@ -128,13 +128,13 @@ class Searchers:
     exact = False
 
     def __init__(
-        self, run: Run, *, concurrent: int, with_reference: bool, say: Callable[[str], None],
+        self, run: Run, *, concurrent: int, with_reference: bool, kv_cache: Literal["full", "int8"] = "full", say: Callable[[str], None],
         progress: Callable[[int, int], None] | None = None, log: Path | None = None,
     ) -> None:  # fmt: skip
         self.run, self.say, self.progress = run, say, progress
         self.folder = Path(tempfile.mkdtemp(prefix="localrl-search-"))
         self.log = log or self.folder / "search.log"
-        self._start = {"run": run.dump(), "concurrent": concurrent, "with_reference": with_reference, "folder": str(self.folder)}
+        self._start = {"run": run.dump(), "concurrent": concurrent, "with_reference": with_reference, "kv_cache": kv_cache, "folder": str(self.folder)}
         self._most = run.search.ahead * run.rollout.prompts_per_step * run.rollout.num_generations
         self._adapters: dict[int, Adapter] = {}
         self._newest: Adapter | None = None

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from localrl.batch import Request, Rollout
+from localrl.devices import kind_of
 from localrl.engines.cache import Cache
 from localrl.engines.decoder import Decoder, misfit
 from localrl.engines.generic import OwnForward, decoding
@@ -21,6 +23,8 @@ from localrl.engines.graph import Replayed, capturable
 from localrl.engines.sampling import Sampler, stream_keys
 from localrl.engines.stops import StopStrings, end_table, end_tokens
 from localrl.engines.wave import Finished, Wave
+from localrl.engines.weights import compute_device
+from localrl.oom import Limits, OutOfMemory, failure
 from localrl.sections import RolloutSettings
 from localrl.settings import UserError
 
@@ -39,7 +43,7 @@ class RowCache(Protocol):
     """Rows can leave it."""
 
     def grow(self) -> None: ...
-    def keep(self, rows: Tensor) -> None: ...
+    def keep(self, rows: Sequence[int]) -> None: ...
 
 
 class Backend(Protocol):
@@ -73,18 +77,23 @@ class TorchEngine:
     """Samples from a live transformers model with whatever adapters are on, and changes nothing about it.
 
     Its mode is left as it is: training mode, for a quantised one (in evaluation mode bitsandbytes would repack 4-bit weights in place).
-    `progress` hears how many of the call's rollouts are done, and of how many.
+    `progress` hears how many of the call's rollouts are done, and of how many. `kv_cache`: keys and values in full precision, or in 8 bits,
+    and then the sampler is not quite the policy.
     """
 
-    exact = True
-
     def __init__(
-        self, model: Any, tokenizer: Any, settings: RolloutSettings, seed: int, progress: Callable[[int, int], None] | None = None
-    ) -> None:
+        self, model: Any, tokenizer: Any, settings: RolloutSettings, seed: int, progress: Callable[[int, int], None] | None = None,
+        kv_cache: Literal["full", "int8"] = "full",
+    ) -> None:  # fmt: skip
+        self.kv_cache, self.exact = kv_cache, kv_cache == "full"
         self.model, self.tokenizer, self.settings, self.seed, self.progress = model, tokenizer, settings, seed, progress
         self.stats = Stats(0, 0, 0, 0, 0.0, 0.0)
         self._calls: list[Stats] = []
         self._version = -1
+        self.limits = Limits()
+        """What running out of memory has taught about waves."""
+        self._live = False
+        """There was no room for a scratch copy of the weights."""
 
     def follow(self, save_weights: Callable[[Path], None], version: int) -> None:
         """The weights are live: there is nothing to fetch. Another version is another step."""
@@ -102,6 +111,31 @@ class TorchEngine:
     def close(self) -> None:
         """Nothing to let go of."""
 
+    @contextmanager
+    def reading(self, longest: int) -> Iterator[Backend]:
+        """The model, ready to decode sequences of up to `longest` tokens. UserError where it cannot as it is set."""
+        reason = misfit(self.model, longest)
+        if reason and self.kv_cache == "int8":
+            raise UserError(f"memory.kv_cache = 'int8' but this model keeps its own cache, because {reason}: set it to 'full'")
+        with torch.no_grad(), decoding(self.model) if reason else nullcontext():
+            backend: Backend = OwnForward(self.model) if reason else self._decoder(longest)
+            # Inference mode is quicker still, but its tensors must not reach the model's modules. inference_mode(False) would turn gradients on.
+            with torch.inference_mode() if backend.apart else nullcontext():
+                yield backend
+
+    def open(self, longest: int, stack: ExitStack) -> Backend:
+        """`reading` until the stack is closed; without a scratch copy of the weights where there is no room for one."""
+        done = self.limits.attempt(lambda: stack.enter_context(self.reading(longest)))
+        if done is None:
+            self._live = True
+            return self.limits.again("getting ready to sample", lambda: stack.enter_context(self.reading(longest)))
+        return done.value
+
+    def _decoder(self, longest: int) -> Decoder:
+        on_cpu = kind_of(compute_device(self.model)) == "cpu"
+        unpack = not self._live and (on_cpu if self.settings.weights == "auto" else self.settings.weights == "unpacked")
+        return Decoder(self.model, unpack, longest, fixed=not on_cpu and capturable(self.model), eight_bit=self.kv_cache == "int8")
+
     def generate(self, requests: list[Request], version: int, *, settings: RolloutSettings | None = None) -> list[Rollout]:
         """One rollout for each request, in their order. `settings`: others for this call.
 
@@ -112,8 +146,7 @@ class TorchEngine:
         settings = settings or self.settings
         start = time.perf_counter()
         call = _Call(self, requests, version, settings)
-        with torch.no_grad():
-            call.run(settings.concurrent or self.settings.concurrent or len(requests))
+        call.run(settings.concurrent or self.settings.concurrent or len(requests))
         rollouts = call.rollouts()
         self.stats = Stats(
             call.prefilled, call.generated, call.steps, call.computed, call.useful / max(1, call.computed), time.perf_counter() - start
@@ -137,6 +170,12 @@ class _Call:
         self.sampler = Sampler(settings)
         self.stops = StopStrings(engine.tokenizer, settings.stop)
         self.written: dict[int, Finished] = {}
+        self.wave: Wave | None = None
+        """Under way."""
+        self.asked = list(requests)                                  # with what was written in waves that were dropped
+        self.begun: dict[int, Finished] = {}                         # the same, of each such row
+        self.stuck: dict[int, int] = {}                              # how long rows were that failed by themselves
+        self.anew: set[int] = set()                                  # those that began a second time
         self.prefilled = self.generated = self.steps = self.useful = self.computed = 0
 
     def run(self, concurrent: int) -> None:
@@ -144,34 +183,73 @@ class _Call:
         todo = [i for i, limit in enumerate(self.limits) if limit > 0]
         if not todo:
             return
-        model = self.engine.model
         longest = max(len(self.contexts[i]) + self.limits[i] for i in todo)
-        own = misfit(model, longest) is not None
         todo.sort(key=lambda i: (-len(self.contexts[i]), self.contexts[i], i))
-        with decoding(model) if own else nullcontext():
-            backend: Backend = OwnForward(model) if own else self._decoder(longest)
-            # Inference mode is quicker still, but its tensors must not reach the model's modules. inference_mode(False) would turn gradients on.
-            with torch.inference_mode() if backend.apart else nullcontext():
-                for start in range(0, len(todo), concurrent):
-                    self._wave(backend, todo[start : start + concurrent])
+        limits = self.engine.limits
+        with ExitStack() as stack:
+            backend = self.engine.open(longest, stack)
+            while todo:
+                rows = min(concurrent, limits.concurrent or concurrent)
+                places, todo = todo[:rows], todo[rows:]
+                if limits.attempt(partial(self._wave, backend, places)) is None:
+                    todo = [*self._recover(places), *todo]
 
-    def _decoder(self, longest: int) -> Decoder:
-        model = self.engine.model
-        on_cpu = model.get_input_embeddings().weight.device.type == "cpu"
-        unpack = on_cpu if self.settings.weights == "auto" else self.settings.weights == "unpacked"
-        return Decoder(model, unpack, longest, fixed=not on_cpu and capturable(model))
+    def _recover(self, places: list[int]) -> list[int]:
+        """A wave was dropped: take over what it has finished, and what it has begun. -> rows to go on with, at most half as many at a time.
+
+        They go on behind their last token: the random number of a token has an address, so that responses are the same, up to rounding.
+        """
+        limits, wave = self.engine.limits, self.wave
+        self.wave = None
+        if wave is not None:
+            if wave.count > wave.settled:
+                limits.again("looking for ends of responses", partial(self._settle, wave, places))
+            for part in limits.again("keeping what was written", wave.unfinished):
+                self._go_on(places[part.row], part)
+        left = [i for i in places if i not in self.written]
+        if len(places) > 1:
+            limits.narrow(len(places))
+        for i in left if len(places) == 1 else ():
+            if self.stuck.get(i) == len(self.contexts[i]):           # by itself, and no further than the last time
+                if i not in self.begun or i in self.anew:
+                    raise self._failure(i)
+                self._begin_anew(i)                                  # to read a long context takes more room than to write it
+            self.stuck[i] = len(self.contexts[i])
+        return left
+
+    def _go_on(self, i: int, part: Finished) -> None:
+        """From here on this row's request is the one that carries what it has written."""
+        before, request = self.begun.get(i, part._replace(tokens=[], logp=[])), self.asked[i]
+        self.begun[i] = part._replace(tokens=before.tokens + part.tokens, logp=before.logp + part.logp)
+        self.asked[i] = replace(request, so_far=(*request.so_far, *part.tokens))
+        self.contexts[i] += tuple(part.tokens)
+        self.limits[i] -= len(part.tokens)
+
+    def _begin_anew(self, i: int) -> None:
+        """From the request as it was asked."""
+        written = len(self.begun.pop(i).tokens)
+        self.asked[i] = self.requests[i]
+        self.contexts[i] = self.contexts[i][: len(self.contexts[i]) - written]
+        self.limits[i] += written
+        self.anew.add(i)
+
+    def _failure(self, i: int) -> OutOfMemory:
+        what = f"sampling one response by itself, {len(self.contexts[i]) + self.limits[i]} tokens with its prompt"
+        shorter = f"try rollout.max_completion_length={max(1, self.settings.max_completion_length // 2)}"
+        return failure(what, shorter if self.engine.kv_cache == "int8" else f"{shorter} or memory.kv_cache=int8")
 
     def _wave(self, backend: Backend, places: list[int]) -> None:
         index: dict[tuple[int, ...], int] = {}
         owner = [index.setdefault(self.contexts[i], len(index)) for i in places]
-        requests, limits = [self.requests[i] for i in places], [self.limits[i] for i in places]
+        requests, limits = [self.asked[i] for i in places], [self.limits[i] for i in places]
         cache: RowCache
         logits, cache = backend.prefill(list(index), owner, max(limits) - 1)
         self.prefilled += sum(len(context) for context in index)
         ends = end_table(end_tokens(self.engine.model, self.engine.tokenizer, self.settings.stop), logits.shape[1], logits.device)
-        wave = Wave(requests, self.keys[places], limits, ends, self.stops)
+        wave = self.wave = Wave(requests, self.keys[places], limits, ends, self.stops)
         wave.take(logits, self.sampler)
-        device = logits.device.type
+        device = kind_of(logits.device)
+        del logits                                                   # for every row, through the whole wave
         look = max(LOOK[device], LOOK_FOR_STRINGS if self.stops else 1)
 
         def step() -> None:
@@ -186,6 +264,7 @@ class _Call:
             if wave.count % look == 0 or wave.count == wave.room:
                 running = self._settle(wave, places)
                 if not running:
+                    self.wave = None
                     return
                 if cache.foldable and running <= FOLD[device] * len(wave):
                     cache.keep(wave.keep_running())
@@ -197,7 +276,11 @@ class _Call:
         """Take over what has ended. -> rows that have not."""
         ended = wave.settle()
         for finished in ended:
-            self.written[places[finished.row]] = finished
+            i = places[finished.row]
+            if i in self.begun:
+                before = self.begun[i]
+                finished = finished._replace(tokens=before.tokens + finished.tokens, logp=before.logp + finished.logp)
+            self.written[i] = finished
             self.generated += len(finished.tokens)
         if ended and self.engine.progress is not None:
             self.engine.progress(len(self.written), len(self.requests))

@@ -11,6 +11,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from localrl.devices import kind_of
 
 Linear = Callable[[Tensor], Tensor]
 """(n, in) -> (n, out), in the input's type."""
@@ -20,6 +23,12 @@ PACK_FROM = 2**17
 """Elements of a matrix that is worth laying out anew for multiplication."""
 PACK_ROWS = 64
 """A hint of how many rows it will be multiplied with; any number works."""
+
+
+def compute_device(model: nn.Module) -> torch.device:
+    """Where the model computes: its embedding may lie elsewhere."""
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    return next(parameter.device for parameter in model.parameters() if parameter is not embedding.weight)
 
 
 def base_of(module: Any) -> Any:
@@ -111,10 +120,12 @@ def multiply(weight: Tensor, bias: Tensor | None) -> Linear:
     A large matrix on a CPU is laid out once as oneDNN's kernels want it. They would do that anew in every product, which at a few dozen
     rows takes a third to a half of its time. torch has the two operators for its own compiler; where they are not, W is used as it is.
     """
-    packs = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available()
+    packs = kind_of(weight.device) == "cpu" and weight.dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available()
     if weight.numel() < PACK_FROM or not packs or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return lambda x: F.linear(x, weight, bias)
-    call, laid_out = torch.ops.mkldnn._linear_pointwise, torch.ops.mkldnn._reorder_linear_weight(weight, PACK_ROWS)
+    call = torch.ops.mkldnn._linear_pointwise
+    # What oneDNN lays out has no fake: where nothing is computed, a copy of the same size stands for it.
+    laid_out = weight.clone() if isinstance(weight, FakeTensor) else torch.ops.mkldnn._reorder_linear_weight(weight, PACK_ROWS)
     return lambda x: call(x, laid_out, bias, "none", [], "")
 
 

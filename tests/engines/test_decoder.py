@@ -54,7 +54,7 @@ def stepped(decoder: Decoder, answers: list[list[int]]) -> Tensor:
         for t in range(STEPS):
             found[rows, t] = logits
             leaving = {5: [1], 9: [3, 2]}.get(t, [])                 # one of a group; later a whole group and one of another
-            stay = torch.tensor([i for i, row in enumerate(rows.tolist()) if row not in leaving])
+            stay = [i for i, row in enumerate(rows.tolist()) if row not in leaving]
             if leaving:
                 cache.keep(stay)
                 rows = rows[stay]

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from localrl.batch import Prompt, Request
+from localrl.engines import sampling
 from localrl.engines.sampling import Sampler, inverse_cdf, stream_keys, uniforms
+from tests.memory.tracker import StorageTracker
 
 
 def requests(count: int) -> list[Request]:
@@ -106,13 +108,26 @@ def test_greedy_takes_the_likeliest_and_tells_its_plain_log_probability() -> Non
     torch.testing.assert_close(logp, torch.log_softmax(logits, -1).amax(-1))
 
 
-def test_rows_in_parts_are_the_same_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    logits, u = torch.randn(70, 2**18 // 70, generator=torch.Generator().manual_seed(3)), torch.rand(70, dtype=torch.float64)
-    whole = sampler()(logits, u)
-    wide = torch.cat((logits, torch.full((70, 2**24 // 16 - logits.shape[1]), -torch.inf)), 1)               # 16 rows at a time
-    parts = sampler()(wide, u)
-    assert torch.equal(whole[0], parts[0])
-    torch.testing.assert_close(whole[1], parts[1])
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.7}, {"temperature": 0.0}, {"top_p": 0.9}, {"top_k": 20}])
+@pytest.mark.parametrize("vocabulary", [3000, 5001])
+def test_rows_in_parts_are_the_same_rows(monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], vocabulary: int) -> None:
+    """Bit for bit, with and without a block that is not full."""
+    logits, u = 3 * torch.randn(70, vocabulary, generator=torch.Generator().manual_seed(3)), torch.rand(70, dtype=torch.float64)
+    assert logits.numel() < sampling.AT_ONCE
+    whole = sampler(**settings)(logits, u)
+    for rows in (1, 16, 33):
+        monkeypatch.setattr(sampling, "AT_ONCE", rows * vocabulary)
+        parts = sampler(**settings)(logits, u)
+        assert torch.equal(whole[0], parts[0]) and torch.equal(whole[1], parts[1])
+
+
+@pytest.mark.parametrize("truncated", [False, True])
+def test_a_large_vocabulary_takes_little_beside_its_logits(truncated: bool) -> None:
+    logits, u = torch.randn(32, 262_208), torch.rand(32, dtype=torch.float64)
+    with StorageTracker() as tracker:
+        tracker.adopt([logits])
+        taken = tracker.peak_of(lambda: sampler(temperature=0.9, top_p=0.9 if truncated else 1.0)(logits, u)) - logits.nbytes
+    assert taken < (24 if truncated else 8.2) * sampling.AT_ONCE
 
 
 def test_logits_that_are_not_finite_show_in_the_log_probability_and_harm_nothing() -> None:
