@@ -14,6 +14,7 @@ from rich.panel import Panel
 from rich.table import Table
 from typer.core import TyperGroup
 
+from localrl.allocator import set_allocator
 from localrl.quiet import quiet_libraries
 from localrl.settings import UserError
 
@@ -55,6 +56,7 @@ RunPath = Annotated[Path, typer.Argument(help="Run folder, or one of its checkpo
 
 def main() -> None:
     """Entry point."""
+    set_allocator()
     quiet_libraries()
     app()
 

@@ -13,6 +13,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from localrl.metrics import most_memory
+
 QUIET_SECONDS = 20.0
 """Without a terminal (a log file) a line is printed at most this often."""
 
@@ -77,5 +79,5 @@ def summary(metrics: dict[str, float]) -> str:
 
 def memory_now(metrics: dict[str, float]) -> float:
     """GiB: the step's peak on the GPU, or this process's resident memory."""
-    peaks = [v for k, v in metrics.items() if k.startswith("memory/")]
-    return (max(peaks) if peaks else psutil.Process().memory_info().rss) / 2**30
+    peak = most_memory(metrics)
+    return (psutil.Process().memory_info().rss if peak is None else peak) / 2**30

@@ -5,15 +5,23 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 from localrl.algorithms import ALGORITHMS
 from localrl.algorithms.base import Algorithm
 
+GIB = 2**30
 DECOUPLED = [f"algorithm.name={name}" for name, kind in ALGORITHMS.items() if kind.decouples_rewards]
 MEMORY = 20
 """Steps that an algorithm's own alarms may look back."""
 PATIENCE = 5
 """Steps in a row before a standing condition is reported: one bad batch is no diagnosis."""
+DRIFT = {"allocated": 1.05, "resident": 1.25}
+"""Measured over planned memory that is worth a word: of a GPU's allocator, and of a whole process, which is known but roughly."""
+LEAK_STEPS, LEAK = 10, {"allocated": 1.02, "resident": 1.10}
+"""Memory that has risen with each of so many steps, by that factor in all."""
+OTHERS = GIB // 2
+"""Bytes that others may take unremarked: less can be our own kernels, which are loaded when they are first used."""
 
 
 class Health:
@@ -47,7 +55,7 @@ class Health:
 
     def _findings(self, now: dict[str, float], entropy: float) -> list[tuple[str, str]]:
         own = self.algorithm.alarms(self._first, list(self._history))
-        return [*self._of_this_step(now), *own, *(self._of_the_last_steps(now, entropy) if len(self._recent) == PATIENCE else ())]
+        return [*self._of_this_step(now), *self._of_memory(now), *own, *(self._of_the_last_steps(now, entropy) if len(self._recent) == PATIENCE else ())]
 
     def _of_this_step(self, now: dict[str, float]) -> Iterator[tuple[str, str]]:
         if not math.isfinite(now.get("grad_norm", 0.0)):
@@ -57,6 +65,25 @@ class Health:
                           "raise the limit, or check the end token and the chat template")
         if now.get("frac_unscored", 0) == 1:
             yield "unscored", "no completion got any reward this step (every reward returned None or failed): nothing can be learned so"
+
+    def _of_memory(self, now: dict[str, float]) -> Iterator[tuple[str, str]]:
+        for name, ratio in now.items():
+            if not (name.startswith("memory/") and name.endswith("_ratio")):
+                continue
+            phase = name.removeprefix("memory/").removesuffix("_ratio")
+            kind = "allocated" if f"memory/{phase}_reserved" in now else "resident"
+            held, planned = now[f"memory/{phase}"] / GIB, now[f"memory/{phase}_planned"] / GIB
+            if ratio > DRIFT[kind]:
+                yield f"drift {phase}", (f"{phase} took {held:.2f} GiB where the plan had {planned:.2f} GiB ({ratio:.2f} times; {DRIFT[kind]:.2f} is normal): "
+                                         "the next plan will count on it; if memory runs out, lower memory.micro_batch_tokens or rollout.concurrent")
+            past = [step.get(f"memory/{phase}", math.nan) for step in self._history][-LEAK_STEPS - 1 :]
+            if len(past) > LEAK_STEPS and all(a < b for a, b in pairwise(past)) and past[-1] > LEAK[kind] * past[0]:
+                yield f"leak {phase}", (f"memory of {phase} has risen with each of the last {LEAK_STEPS} steps, from {past[0] / GIB:.2f} to {held:.2f} GiB "
+                                        f"(planned {planned:.2f} GiB): if responses have not grown as well, something is never freed; "
+                                        "stop and go on with `localrl resume`, which starts afresh")
+        if (others := now.get("memory/others", 0.0)) > OTHERS:
+            yield "others", (f"another program took {others / GIB:.1f} GiB of the card since the start ({OTHERS / GIB:.1f} GiB go unremarked): "
+                             "close it, or the run will have to make do with smaller passes; `localrl doctor` lists who is there")
 
     def _of_the_last_steps(self, now: dict[str, float], entropy: float) -> Iterator[tuple[str, str]]:
         if self._always("completions/unfinished", 0.95):

@@ -4,47 +4,103 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from localrl.algebra import group_moments, token_mean, weighted_total
 from localrl.batch import Batch, Readout
+from localrl.memory.reality import compare
+from localrl.memory.work import Phase
 
 Metrics = dict[str, float]
 
 
+CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+RESET_PEAK = "5"
+"""What Linux takes for: the largest resident memory is what it is now."""
+
+
 @dataclass
 class Clock:
-    """Seconds of each phase of one step, and on a GPU its peak memory (bytes). A phase entered again is added to."""
+    """Seconds of each phase of one step and its peak memory (bytes): what the allocator handed out on a GPU, what the process held on a CPU
+    under Linux. A phase entered again is added to."""
 
     announce: Callable[[str], None]
     device: torch.device
+    planned: Mapping[Phase, int] = field(default_factory=dict)
+    """Bytes that the plan expects of each of its phases (`localrl.memory.reality.tensors`)."""
     seconds: dict[str, float] = field(default_factory=dict)
     peaks: dict[str, int] = field(default_factory=dict)
+    reserved: dict[str, int] = field(default_factory=dict)
+    """On a GPU: what the allocator took from the card."""
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         self.announce(phase)
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
+        watching = self._begin()
         start = time.perf_counter()
         yield
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-            self.peaks[phase] = max(self.peaks.get(phase, 0), torch.cuda.max_memory_allocated(self.device))
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+        if watching:
+            self._end(phase)
+
+    def memory(self) -> Metrics:
+        """`memory/<phase>` (bytes), on a GPU `memory/<phase>_reserved`, and where the phase is planned `_planned` (bytes) and `_ratio`."""
+        peaks = {f"memory/{name}": float(value) for name, value in self.peaks.items()}
+        return peaks | {f"memory/{name}_reserved": float(value) for name, value in self.reserved.items()} | compare(self.planned, self.peaks)
 
     def report(self, batch: Batch, sampling: Metrics) -> Metrics:
-        """Where the time went (`time/...`, seconds), how fast it sampled and learned (tokens/s), and each phase's peak (bytes)."""
+        """Where the time went (`time/...`, seconds), how fast it sampled and learned (tokens/s), and each phase's memory."""
         metrics = {f"time/{name}": value for name, value in self.seconds.items()} | {"time/step": sum(self.seconds.values())}
         if generated := sampling.get("rollout/tokens"):
             metrics["tokens_per_second/rollout"] = generated / max(self.seconds["rollout"], 1e-9)
         metrics["tokens_per_second/learn"] = batch.sequence_length.sum().item() / max(self.seconds["learn"], 1e-9)
-        return metrics | {f"memory/{name}": float(value) for name, value in self.peaks.items()}
+        return metrics | self.memory()
+
+    def _begin(self) -> bool:
+        """Forget earlier peaks. Whether there will be one to read."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            return True
+        try:
+            CLEAR_REFS.write_text(RESET_PEAK)
+        except OSError:                                             # no Linux, or a container that forbids it
+            return False
+        return True
+
+    def _end(self, phase: str) -> None:
+        if self.device.type == "cuda":
+            self.peaks[phase] = max(self.peaks.get(phase, 0), torch.cuda.max_memory_allocated(self.device))
+            self.reserved[phase] = max(self.reserved.get(phase, 0), torch.cuda.max_memory_reserved(self.device))
+        elif peak := peak_resident():
+            self.peaks[phase] = max(self.peaks.get(phase, 0), peak)
+
+
+def peak_resident() -> int | None:
+    """Bytes: the most that this process has held since the last reset, under Linux."""
+    try:
+        lines = STATUS.read_text(errors="replace").splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), None)
+
+
+def most_memory(metrics: Mapping[str, float]) -> float | None:
+    """Bytes: the step's peak; None: it was not measured.
+
+    >>> most_memory({"memory/learn": 7.0, "memory/learn_planned": 9.0, "memory/others": 8.0})
+    7.0
+    """
+    derived, other = ("_planned", "_ratio", "_reserved"), ("memory/others", "memory/oom_retries")
+    peaks = [value for name, value in metrics.items() if name.startswith("memory/") and name not in other and not name.endswith(derived)]
+    return max(peaks, default=None)
 
 
 def describe(batch: Batch, names: Sequence[str]) -> Metrics:

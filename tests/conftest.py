@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
+os.environ["LOCALRL_CACHE"] = tempfile.mkdtemp(prefix="localrl-cache-")    # what runs here teach is nobody's business; processes they start inherit it
 hypothesis.settings.register_profile("busy", deadline=None)           # a loaded machine is no reason to fail
 hypothesis.settings.load_profile("busy")
 

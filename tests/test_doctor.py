@@ -9,10 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
-from localrl import doctor
-from localrl.doctor import Finding, diagnose, show
+from localrl import allocator, doctor
+from localrl.doctor import diagnose, gpu, show
+from localrl.doctor.finding import Finding
+from localrl.memory.reality import remember
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +41,9 @@ def test_a_check_that_fails_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> Non
     def broken() -> list[Finding]:
         raise RuntimeError("no such luck\nand more")
 
-    for check in ("_four_bit", "_llama", "_gpu", "_processor"):     # slow ones too: this is about the others
+    for check in ("_four_bit", "_llama", "_processor"):             # slow ones too: this is about the others
         monkeypatch.setattr(doctor, check, broken)
+    monkeypatch.setattr(gpu, "cards", broken)
     findings = diagnose()
     failed = named(findings, "4-bit training")
     assert (failed.value, failed.verdict) == ("could not be found out", "warn") and failed.meaning == "RuntimeError: no such luck"
@@ -78,26 +82,107 @@ def test_a_llama_cpp_that_kills_its_process_does_not_kill_this_one(monkeypatch: 
 
 def test_other_programs_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     said = {"--query-gpu": "575.51, 900 MiB, 16376 MiB\n", "--query-compute-apps": "4242, /usr/bin/game, 2000 MiB\n"}
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/usr/bin/{name}")
-    monkeypatch.setattr(doctor.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 0, said[command[1].split("=")[0]], ""))
-    driver, others = doctor._neighbours()
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(gpu.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 0, said[command[1].split("=")[0]], ""))
+    driver, others = gpu.neighbours()
     assert driver.value == "575.51 (900 MiB of 16376 MiB in use)"
     assert others.verdict == "warn" and others.value == "game (pid 4242) 2000 MiB"
 
 
+def test_a_processor_with_a_trap(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_read", lambda path: "flags : fpu avx512_bf16" if str(path) == "/proc/cpuinfo" else "")
+    (finding,) = doctor._avx()
+    assert "switches that off" in finding.meaning
+    monkeypatch.setattr(doctor, "_read", lambda path: "")
+    assert doctor._avx() == []
+
+
+def test_a_guest_of_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(allocator, "under_wsl", lambda: True)
+    (finding,) = doctor._wsl()
+    assert "pin" in finding.meaning
+    monkeypatch.setattr(allocator, "under_wsl", lambda: False)
+    assert doctor._wsl() == []
+
+
+@pytest.fixture
+def a_card(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """A machine with a card of 16 GiB of which so many GiB are free. (What torch asks the driver is replaced: there is no GPU here.)"""
+
+    def of(free: float) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (round(free * 2**30), 16 * 2**30))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA GeForce RTX 4080")
+
+    return of
+
+
+def test_a_desktop_on_the_card_is_seen_and_subtracted(a_card: Callable[[float], None]) -> None:
+    a_card(15.3)
+    (quiet,) = gpu.left()
+    assert quiet.verdict == "ok" and "a plan has 15.0 GiB" in quiet.value
+    a_card(13.4)
+    (finding,) = gpu.left()
+    assert finding.verdict == "warn" and "13.4 GiB of 16.0 GiB free, a plan has 13.1 GiB" in finding.value
+    assert "hold about 2.0 GiB" in finding.meaning and "would have 15.0 GiB" in finding.meaning
+
+
 @pytest.mark.parametrize(
-    ("file", "text", "check", "word"),
+    ("told", "wsl", "verdict", "words"),
     [
-        ("/proc/version", "Linux version 6.6.87-microsoft-standard-WSL2", doctor._wsl, "pin"),
-        ("/proc/cpuinfo", "flags : fpu avx512_bf16", doctor._avx, "switches that off"),
+        (None, False, "ok", "4%"),
+        (None, True, "warn", "under WSL"),
+        ("expandable_segments:True", True, "ok", "4%"),
+        ("max_split_size_mb:128", False, "warn", "add expandable_segments:True to PYTORCH_ALLOC_CONF"),
     ],
 )
-def test_traps_of_some_machines(monkeypatch: pytest.MonkeyPatch, file: str, text: str, check: Callable[[], list[Finding]], word: str) -> None:
-    monkeypatch.setattr(doctor, "_read", lambda path: text if str(path) == file else "")
-    (finding,) = check()
-    assert word in finding.meaning
-    monkeypatch.setattr(doctor, "_read", lambda path: "")
-    assert check() == []
+def test_what_fragmentation_costs(
+    a_card: Callable[[float], None], monkeypatch: pytest.MonkeyPatch, told: str | None, wsl: bool, verdict: str, words: str
+) -> None:
+    a_card(15)
+    for name in allocator.SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    if told:
+        monkeypatch.setenv("PYTORCH_ALLOC_CONF", told)
+    monkeypatch.setattr(allocator.platform, "system", lambda: "Linux")
+    monkeypatch.setattr(allocator, "under_wsl", lambda: wsl)
+    (finding,) = gpu.segments()
+    assert finding.verdict == verdict and words in finding.meaning
+
+
+def test_pinned_memory_is_tried(a_card: Callable[[float], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    a_card(15)
+    real = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, pin_memory, **more: real(*size, **more))
+    (finding,) = gpu.pinned()
+    assert finding.verdict == "ok" and "memory.offload" in finding.meaning
+
+    def refused(*_: object, **__: object) -> torch.Tensor:
+        raise RuntimeError("CUDA error: out of memory\nand more")
+
+    monkeypatch.setattr(torch, "empty", refused)
+    (finding,) = gpu.pinned()
+    assert finding.verdict == "warn" and "(CUDA error: out of memory)" in finding.meaning
+
+
+def test_without_a_gpu_nothing_is_said_of_it() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert gpu.segments() == gpu.pinned() == gpu.left() == []
+
+
+def test_what_past_runs_have_taught(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LOCALRL_CACHE", str(tmp_path))
+    assert gpu.taught() == []
+    remember("RTX 4080 | qwen3 0123 | nf4 | 16 bit | 1.0", {"backward": 1.04, "rollout": 1.01})
+    (finding,) = gpu.taught()
+    assert "RTX 4080, qwen3: rollout 1.01, backward 1.04" in finding.value
+    for number in range(9):
+        remember(f"card {number} | llama 0123 | nf4 | 16 bit | 1.0", {"backward": 1.04})
+    assert len(gpu.taught()) == gpu.SHOWN_LESSONS + 1 and len({f.name for f in gpu.taught()}) == gpu.SHOWN_LESSONS + 1
+    (tmp_path / "memory.json").write_text("{")
+    (finding,) = gpu.taught()
+    assert finding.verdict == "warn"
 
 
 def test_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from localrl.algorithms.grpo import GRPO
 from localrl.config import load_run
-from localrl.health import PATIENCE, Health
+from localrl.health import LEAK_STEPS, PATIENCE, Health
 from localrl.settings import UserError
 
 FINE = {"step": 1.0, "entropy": 0.5, "frac_reward_zero_std": 0.1, "grad_norm": 1.0, "rewards/a/mean": 0.4}
@@ -56,3 +57,41 @@ def test_presets_override_and_refuse(tmp_path: Path) -> None:
     assert run.data.system_prompt
     with pytest.raises(UserError, match="did you mean 'gamma'"):
         load_run("demo", None, ["algorithm.gama=1"])
+
+
+GIB = 2**30
+
+
+def memory(phase: str, held: float, planned: float, reserved: bool = True) -> dict[str, float]:
+    """A step that held so many GiB."""
+    told = {f"memory/{phase}": held * GIB, f"memory/{phase}_planned": planned * GIB, f"memory/{phase}_ratio": held / planned}
+    return FINE | told | ({f"memory/{phase}_reserved": 1.1 * held * GIB} if reserved else {})
+
+
+@pytest.mark.parametrize(("ratio", "reserved", "said"), [(1.04, True, 0), (1.06, True, 1), (1.2, False, 0), (1.3, False, 1)])
+def test_a_phase_that_outgrows_its_plan_is_told_once(ratio: float, reserved: bool, said: int) -> None:
+    health = Health(["a"], GRPO())
+    texts = [text for _ in range(3) for text in health.look(memory("learn", 10 * ratio, 10, reserved))]
+    assert len(texts) == said and all(f"{10 * ratio:.2f} GiB" in text and "10.00 GiB" in text for text in texts)
+    assert len(health.look(memory("rollout", 10 * ratio, 10, reserved))) == said          # every phase has a word of its own
+
+
+def test_memory_that_rises_with_every_step_is_a_leak() -> None:
+    health = Health(["a"], GRPO())
+    texts = [health.look(memory("learn", 5 + 0.02 * step, 10)) for step in range(30)]
+    assert [bool(t) for t in texts].index(True) == LEAK_STEPS and sum(map(len, texts)) == 1
+    assert "has risen with each of the last 10 steps, from 5.00 to 5.20 GiB" in texts[LEAK_STEPS][0]
+
+
+@pytest.mark.parametrize("held", [lambda step: 5.0, lambda step: 5 + 0.02 * step - (step % 5 == 0), lambda step: 5 + 0.001 * step])
+def test_memory_that_stays_or_sways_is_none(held: Callable[[int], float]) -> None:
+    health = Health(["a"], GRPO())
+    assert not [text for step in range(30) for text in health.look(memory("learn", held(step), 10))]
+
+
+def test_another_program_on_the_card_is_named_with_its_bytes() -> None:
+    health = Health(["a"], GRPO())
+    assert not health.look(FINE | {"memory/others": 0.4 * GIB})
+    (text,) = health.look(FINE | {"memory/others": 1.2 * GIB})
+    assert "another program took 1.2 GiB of the card since the start" in text
+    assert not health.look(FINE | {"memory/others": 1.3 * GIB})

@@ -5,13 +5,15 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
 import psutil
 
+from localrl.allocator import expands
+from localrl.memory.specs import BY_KEY, SPECS, Spec, key, slowest, spec_of
 from localrl.settings import UserError
 
 Device = Literal["cuda", "cpu"]
@@ -20,32 +22,35 @@ CONTEXT = round(0.6 * GIB)
 """What the driver keeps for a process that runs PyTorch, bitsandbytes and Triton kernels."""
 CARD_SHARE = 0.975
 """Of a card's bytes, what is left beside the driver's own and a desktop's."""
+FRAGMENTATION, FRAGMENTATION_OF_FIXED = 0.04, 0.13
+"""Of what is allocated, lost between blocks: with segments that grow (simulated: 2 to 4 %), and with segments of fixed size (9 to 17 %)."""
+HEAP = 2.0
+"""On a CPU, measured with glibc in the fullest phase: 0.4 to 2.0. Smaller ones keep what it has freed, and so have more, but never more than it."""
+BUDGET_MARGIN = 0.01
 
-_GIB_OF: dict[float, str] = {
-    6: "GTX 1060, GTX 1660, GTX 1660 Super, GTX 1660 Ti, RTX 2060, RTX 3060 Laptop, RTX 4050 Laptop",
-    8: "GTX 1070, GTX 1070 Ti, GTX 1080, RTX 2060 Super, RTX 2070, RTX 2070 Super, RTX 2080, RTX 2080 Super, RTX 3050, RTX 3060 8GB, "
-       "RTX 3060 Ti, RTX 3070, RTX 3070 Ti, RTX 3070 Laptop, RTX 4060, RTX 4060 Laptop, RTX 4060 Ti, RTX 4060 Ti 8GB, RTX 4070 Laptop, "
-       "RTX 5050, RTX 5060, RTX 5060 Laptop, RTX 5060 Ti, RTX 5060 Ti 8GB, RTX 5070 Laptop",
-    10: "RTX 3080, RTX 3080 10GB",
-    11: "GTX 1080 Ti, RTX 2080 Ti",
-    12: "Titan Xp, RTX 2060 12GB, RTX 3060, RTX 3060 12GB, RTX 3080 12GB, RTX 3080 Ti, RTX 4070, RTX 4070 Super, RTX 4070 Ti, "
-        "RTX 4080 Laptop, RTX 5070, RTX 5070 Ti Laptop, RTX A2000 12GB",
-    15: "T4, Tesla T4",
-    16: "RTX 3080 Laptop, RTX 3080 Ti Laptop, RTX 4060 Ti 16GB, RTX 4070 Ti Super, RTX 4080, RTX 4080 Super, RTX 4090 Laptop, "
-        "RTX 5060 Ti 16GB, RTX 5070 Ti, RTX 5080, RTX 5080 Laptop, RTX A4000, RTX 2000 Ada, V100, Tesla V100, P100, Tesla P100",
-    20: "RTX A4500, RTX 4000 Ada",
-    22.5: "L4, A10, A10G",
-    24: "Titan RTX, RTX 3090, RTX 3090 Ti, RTX 4090, RTX 5090 Laptop, RTX A5000, RTX 4500 Ada",
-    32: "RTX 5090, RTX 5000 Ada",
-    40: "A100, A100 40GB",
-    48: "RTX A6000, RTX 6000 Ada, L40, L40S",
-    80: "A100 80GB, H100",
-    139: "H200",
-}  # fmt: skip
-CARDS: Mapping[str, int] = MappingProxyType(
-    {name.strip(): round(size * GIB) for size, names in _GIB_OF.items() for name in names.split(",")}
-)
+CARDS: Mapping[str, int] = MappingProxyType({name: spec.total for name, spec in SPECS.items()})
 """Total bytes of common cards. Where one name was sold with two sizes, the bare name is the smaller one."""
+
+
+@dataclass(frozen=True)
+class Overheads:
+    """What a run's own tensors do not explain. A plan asks its card for these and adds them to what it counts."""
+
+    context: int
+    """Bytes that the driver keeps for the process; `Card.usable` lacks them already."""
+    libraries: int
+    """Bytes: workspaces of cuBLAS and kernels; on a CPU the interpreter with PyTorch, transformers and bitsandbytes imported."""
+    fragmentation: float
+    """Of everything counted: what the caching allocator loses between its blocks, and a reserve."""
+    heap: float = 0.0
+    """What a C library's heap keeps beyond the live bytes of short-lived tensors, as a multiple of them."""
+
+    @classmethod
+    def on(cls, device: Device) -> Overheads:
+        """As measured, with the allocator that a run here will have (`localrl.allocator`)."""
+        if device == "cpu":
+            return cls(0, round(0.5 * GIB), FRAGMENTATION, HEAP)
+        return cls(CONTEXT, round(0.1 * GIB), FRAGMENTATION if expands() else FRAGMENTATION_OF_FIXED, 0.0)
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,14 @@ class Card:
     """Bytes."""
     usable: int
     """Bytes that a run's own data may take, the libraries' scratch and the margin among them."""
-    device: Device = "cuda"
+    device: Device
+    overheads: Overheads
+    bandwidth: float | None = None
+    """Bytes a second; None: not known, or no card."""
+    flops: float | None = None
+    """A second, half precision with fp32 sums, dense; None as above."""
+    assumed: str | None = None
+    """A size has no speed: the card whose bandwidth and FLOP/s stand here, the slowest common one of that size."""
 
     @classmethod
     def of(cls, memory: int | str | None, device: Device) -> Card:
@@ -68,15 +80,27 @@ class Card:
         """
         if memory is None:
             return _this_gpu() if device == "cuda" else _this_machine()
-        total = card_bytes(memory)
+        total, spec = card_bytes(memory), _named(memory)
         name = memory if isinstance(memory, str) else gib(total)
-        return cls(name, total, usable_bytes(total) if device == "cuda" else total, device)
+        if device == "cpu":
+            return cls(name, total, total, device, Overheads.on(device))
+        fast = spec or slowest(total)
+        return cls(name, total, usable_bytes(total), device, Overheads.on(device), fast.bandwidth, fast.flops, None if spec else fast.name)
+
+    @classmethod
+    def budget(cls, count: int, device: Device = "cpu") -> Card:
+        """Exactly that many bytes of an allocator, and a run's tensors alone in them: no context, no libraries, no heap, a margin of 1 %.
+
+        >>> Card.budget(10**9).overheads
+        Overheads(context=0, libraries=0, fragmentation=0.01, heap=0.0)
+        """
+        return cls(gib(count), count, count, device, Overheads(0, 0, BUDGET_MARGIN))
 
 
 def usable_bytes(total: int) -> int:
     """Of a card of `total` bytes: 97.5 % (the rest is the driver's and the desktop's) less the process' own context.
 
-    The bill adds 0.1 GiB for the libraries' scratch and 4 % for fragmentation, so that a run's own tensors get
+    The bill adds the card's other overheads, 0.1 GiB for the libraries' scratch and 4 % for fragmentation, so that a run's own tensors get
     (0.975 total - 0.6 GiB) / 1.04 - 0.1 GiB: 14.3 of 16 GiB.
     """
     return max(0, round(CARD_SHARE * total) - CONTEXT)
@@ -94,16 +118,14 @@ def card_bytes(memory: str | int) -> int:
         return _positive(memory, str(memory))
     size = re.fullmatch(r"\s*([\d.]+)\s*([kmgt]?)(?:i?b)?\s*", memory, re.IGNORECASE)
     if size and re.fullmatch(r"\d+(\.\d+)?|\.\d+", size[1]):
-        if not size[2] and float(size[1]) < 2**20 and f"rtx{size[1]}" not in _BY_KEY and f"gtx{size[1]}" not in _BY_KEY:
+        if not size[2] and float(size[1]) < 2**20 and _named(memory) is None:
             raise UserError(f"card '{memory}' is no card's name and too small for bytes: write '{memory.strip()}GiB' if that is meant")
         if size[2] or float(size[1]) >= 2**20:
             return _positive(round(float(size[1]) * 1024 ** " kmgt".index(size[2].lower() or " ")), memory)
-    key = _key(memory)
-    for candidate in (key, f"rtx{key}", f"gtx{key}"):
-        if candidate in _BY_KEY:
-            return CARDS[_BY_KEY[candidate]]
-    close = difflib.get_close_matches(key, _BY_KEY, n=1, cutoff=0.5) or difflib.get_close_matches(f"rtx{key}", _BY_KEY, n=1, cutoff=0.5)
-    hint = f"did you mean '{_BY_KEY[close[0]]}'?" if close else "for example 'RTX 4080'"
+    if spec := _named(memory):
+        return spec.total
+    close = difflib.get_close_matches(key(memory), BY_KEY, n=1, cutoff=0.5) or difflib.get_close_matches(f"rtx{key(memory)}", BY_KEY, n=1, cutoff=0.5)
+    hint = f"did you mean '{BY_KEY[close[0]]}'?" if close else "for example 'RTX 4080'"
     raise UserError(f"no card '{memory}' is known: {hint} Or write its memory, for example '16GiB'")
 
 
@@ -132,7 +154,7 @@ def machine_memory() -> tuple[int, int]:
 
 def _this_machine() -> Card:
     available, total = machine_memory()
-    return Card("this machine's memory", total, available, "cpu")
+    return Card("this machine's memory", total, available, "cpu", Overheads.on("cpu"))
 
 
 def _this_gpu() -> Card:
@@ -142,7 +164,10 @@ def _this_gpu() -> Card:
         raise UserError("this machine has no CUDA device: name a card (memory.card='16GiB'), or train on the CPU (model.device=cpu)")
     free, total = torch.cuda.mem_get_info()
     # Asking made our own context, so `free` lacks it already, but not yet what bitsandbytes and Triton will load into it.
-    return Card(torch.cuda.get_device_name(), total, max(0, min(usable_bytes(total), free - CONTEXT // 2)), "cuda")
+    name, usable = torch.cuda.get_device_name(), max(0, min(usable_bytes(total), free - CONTEXT // 2))
+    spec = spec_of(name, total)
+    card = Card(name, total, usable, "cuda", Overheads.on("cuda"))
+    return card if spec is None else replace(card, bandwidth=spec.bandwidth, flops=spec.flops)
 
 
 def _positive(count: int, told: str) -> int:
@@ -151,8 +176,10 @@ def _positive(count: int, told: str) -> int:
     return count
 
 
-def _key(name: str) -> str:
-    return re.sub(r"nvidia|geforce|[^a-z0-9]", "", name.lower())
+def _named(memory: int | str) -> Spec | None:
+    """The card of that name, with or without what makers put before it."""
+    wanted = key(memory) if isinstance(memory, str) else ""
+    return next((SPECS[BY_KEY[name]] for name in (wanted, f"rtx{wanted}", f"gtx{wanted}") if name in BY_KEY), None)
 
 
 def _number(path: str) -> int | None:
@@ -160,6 +187,3 @@ def _number(path: str) -> int | None:
         return int(Path(path).read_text())
     except (OSError, ValueError):                                   # no such limit, or the word "max"
         return None
-
-
-_BY_KEY: Mapping[str, str] = MappingProxyType({_key(name): name for name in CARDS})

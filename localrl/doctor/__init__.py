@@ -9,17 +9,17 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal
 
 from rich.table import Table
 from rich.text import Text
 
-from localrl.memory.cards import gib, machine_memory, usable_bytes
+from localrl import allocator
+from localrl.doctor import gpu
+from localrl.doctor.finding import Finding, first_line
+from localrl.memory.cards import gib, machine_memory
 
-Verdict = Literal["ok", "warn", "bad"]
 BUILD_LLAMA = 'CMAKE_ARGS="-DLLAVA_BUILD=OFF" pip install "llama-cpp-python>=0.3.36,<0.4"'
 """Without the image parts it builds in about three minutes on two cores; it needs a C++ compiler."""
 SMALL_DISK, SMALL_MEMORY = 10 * 2**30, 6 * 2**30
@@ -30,27 +30,18 @@ print(json.dumps({"info": llama_cpp.llama_print_system_info().decode(), "gpu": b
 """
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at."""
-
-    name: str
-    value: str
-    verdict: Verdict
-    meaning: str
-    """What follows from it, for somebody who has never heard of it. May be empty where all is well."""
-
-
 def diagnose(folder: Path | None = None) -> list[Finding]:
     """Look at everything. `folder`: where runs will go (None: here). Never raises: a check that fails is a finding itself."""
     place = folder or Path.cwd()
     checks: dict[str, Callable[[], list[Finding]]] = {
         "Python": _python,
         "libraries": _libraries,
-        "GPU": _gpu,
-        "other programs on the GPU": _neighbours,
+        "GPU": gpu.cards,
+        "other programs on the GPU": gpu.neighbours,
         "4-bit training": _four_bit,
-        "CUDA allocator": _allocator,
+        "CUDA allocator": gpu.segments,
+        "pinned memory": gpu.pinned,
+        "lessons on memory": gpu.taught,
         "llama.cpp": _llama,
         "memory": _memory,
         "processor": _processor,
@@ -64,7 +55,7 @@ def diagnose(folder: Path | None = None) -> list[Finding]:
         try:
             findings += check()
         except Exception as error:                                  # a doctor who falls over helps nobody: what happened is a finding
-            findings.append(Finding(name, "could not be found out", "warn", f"{type(error).__name__}: {_first_line(error)}"))
+            findings.append(Finding(name, "could not be found out", "warn", f"{type(error).__name__}: {first_line(error)}"))
     return findings
 
 
@@ -150,55 +141,6 @@ def _llama() -> list[Finding]:
 # -- hardware ---------------------------------------------------------------------------------------------------------------------
 
 
-def _gpu() -> list[Finding]:
-    import torch
-
-    if not torch.cuda.is_available():
-        if torch.version.cuda is None:
-            why = "this build of torch is for CPUs" + ("; a driver is there, so install torch's CUDA build" if shutil.which("nvidia-smi") else "")
-        elif os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-            why = "CUDA_VISIBLE_DEVICES hides every GPU: unset it"
-        else:
-            why = f"torch is built for CUDA {torch.version.cuda} but sees no device: is the driver installed and new enough?"
-        return [Finding("GPU", "none", "warn", f"{why}. The demo and small models train on the CPU; a real model wants a card of 8 GiB or more")]
-    found = []
-    for index in range(torch.cuda.device_count()):
-        told = torch.cuda.get_device_properties(index)
-        value = f"{told.name}, {gib(told.total_memory)}, compute capability {told.major}.{told.minor}, CUDA {torch.version.cuda}"
-        half = "" if told.major >= 8 else "; no bfloat16 in hardware, float16 is used"
-        meaning = f"a plan may use {gib(usable_bytes(told.total_memory))} of it{half}"
-        if index:
-            meaning = "localrl trains on the first GPU only; CUDA_VISIBLE_DEVICES chooses another"
-        found.append(Finding(f"GPU {index}", value, "ok" if told.major >= 7 else "warn", meaning))
-    return found
-
-
-def _neighbours() -> list[Finding]:
-    """Who else holds memory, and which driver."""
-    if shutil.which("nvidia-smi") is None:
-        return []
-    driver = _smi("--query-gpu=driver_version,memory.used,memory.total")
-    others = _smi("--query-compute-apps=pid,process_name,used_memory")
-    found = [Finding("GPU driver", "; ".join(f"{row[0]} ({row[1]} of {row[2]} in use)" for row in driver if len(row) > 2) or "unknown", "ok", "")]
-    others = [row for row in others if row and row[0] != str(os.getpid())]
-    if others:
-        value = "; ".join(f"{Path(row[1]).name} (pid {row[0]}) {row[2]}" for row in others if len(row) > 2)
-        meaning = "what they hold is missing from the plan's card, and may grow: close them, or name a smaller memory.card"
-        found.append(Finding("other programs on the GPU", value, "warn", meaning))
-    return found
-
-
-def _allocator() -> list[Finding]:
-    import torch
-
-    told = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF")
-    if not torch.cuda.is_available():
-        return []
-    good = "expandable_segments:True" in (told or "")
-    meaning = "" if good else "set PYTORCH_ALLOC_CONF=expandable_segments:True: rows of many lengths fragment less (about 4 % instead of 9 to 17 %)"
-    return [Finding("CUDA allocator", told or "default", "ok" if good else "warn", meaning)]
-
-
 def _memory() -> list[Finding]:
     available, total = machine_memory()
     small = available < SMALL_MEMORY
@@ -248,7 +190,7 @@ def _disk(place: Path) -> list[Finding]:
 
 
 def _wsl() -> list[Finding]:
-    if "microsoft" not in _read(Path("/proc/version")).lower():
+    if not allocator.under_wsl():
         return []
     meaning = (
         "Windows lets a guest pin only part of its memory, so offloading to pinned memory can fail early, and gives it half of the machine's memory "
@@ -283,17 +225,8 @@ def _numbers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split("+")[0].split(".") if part.isdigit())
 
 
-def _smi(query: str) -> list[list[str]]:
-    done = subprocess.run(["nvidia-smi", query, "--format=csv,noheader"], capture_output=True, text=True, timeout=5, check=True)
-    return [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines() if line.strip()]
-
-
 def _read(path: Path) -> str:
     try:
         return path.read_text(errors="replace")
     except OSError:                                                 # not Linux
         return ""
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:160]
