@@ -156,6 +156,16 @@ class MemorySettings(Settings):
     """Keep only each layer's input and compute the rest again in the backward pass."""
     head_chunk: int | None = Field(None, ge=1)
     """Tokens whose logits exist at the same time."""
+    mlp_tile: int | None = Field(None, ge=0)
+    """Tokens of one layer's MLP that are computed at a time, and again in the backward pass. 0: all at once."""
+    offload: bool | None = None
+    """Keep the layers' inputs, which checkpointing needs again, in the host's memory instead of the card's."""
+    kv_cache: Literal["full", "int8"] | None = None
+    """Keys and values while sampling: full precision, or 8 bits with a scale for every token and head (the sampler then differs slightly)."""
+    embedding_on_host: bool | None = None
+    """Keep the embedding in the host's memory, where it is not the output layer too."""
+    probe: bool | None = None
+    """Try the worst case (longest prompts and responses, largest wave) before the first step. Unset: on a GPU."""
     directions: Literal["auto", "float32", "bfloat16", "int8", "two_pass", "lagged"] = "auto"
     """How the gradients of several directions are kept, where the algorithm steers between them: whole, in blocks of 8 bits, or only their
     sketches (two_pass: a second backward pass applies the weights; lagged: the last step's weights apply). auto: what costs at most 10 % of the peak."""

@@ -1,39 +1,46 @@
-"""What a run needs, line by line: from the shape of a model, the work asked of it and the knobs, to bytes in each phase."""
+"""What a run needs, line by line, in each phase: the peaks of the simulation, told apart into what a person can name."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from localrl.memory import activations
-from localrl.memory.rolling import rollout_lasting, rollout_passing
+from localrl.memory.cards import Card
+from localrl.memory.fit import Fits, Mode, prompts_in_wave, rollout_variables, training_variables
 from localrl.memory.shape import ModelShape
-from localrl.memory.work import PHASES, SKETCH, Choice, DirectionKind, Need, Phase, Work, adapter_count, micro_batch, scratch_weight
+from localrl.memory.work import PHASES, SKETCH, Choice, DirectionKind, Need, Phase, Work, adapter_count, micro_batch
 
-MARGIN = 0.04
-"""Of everything counted: what the caching allocator loses to fragmentation."""
-LIBRARIES = {"cuda": round(0.1 * 2**30), "cpu": round(0.5 * 2**30)}
-"""Workspaces of cuBLAS and kernels; on a CPU the interpreter with PyTorch, transformers and bitsandbytes imported."""
-HEAP = 4.0
-"""On a CPU: what glibc's heap keeps beyond the live bytes of short-lived tensors, as a multiple of them (measured: 1.3 to 5.5)."""
-SMALL_STATE = 4096
-"""bitsandbytes keeps 32-bit states for tensors smaller than this."""
 DIRECTION_BYTES: Mapping[DirectionKind, float] = {"float32": 4, "bfloat16": 2, "int8": 1 + 2 / 256, "two_pass": 4, "lagged": 4}
 """Of one number."""
 WHOLE: tuple[DirectionKind, ...] = ("float32", "bfloat16", "int8")
 """Kinds that keep every number of a gradient."""
-READING: tuple[Phase, ...] = ("scoring", "backward")
 
 
-def bill(shape: ModelShape, work: Work, choice: Choice) -> tuple[Need, ...]:
-    """Every line, the margin last, one for each phase. The lines of a phase add up to its peak."""
-    lasting = [*_weights(shape, work), _directions(shape, work, choice), *rollout_lasting(shape, work, choice), _batch(work)]
-    passing = [*rollout_passing(shape, work, choice), *_reading(shape, work, choice), _optimiser_scratch(shape, work)]
-    items = [item for item in (*lasting, *passing, _searchers(shape, work, choice)) if item.bytes]
-    if work.device == "cpu":
-        short_lived = peaks(passing)
-        items += [Need("heap that the C library keeps", round(HEAP * size), (phase,)) for phase, size in short_lived.items() if size]
-    items += [Need(f"margin ({MARGIN:.0%})", round(MARGIN * size), (phase,)) for phase, size in peaks(items).items()]
-    return tuple(items)
+def bill(
+    card: Card, shape: ModelShape, work: Work, choice: Choice, fits: Fits, learned: Mapping[Phase, float] | None = None
+) -> tuple[Need, ...]:
+    """Every line on the card, the margin last, one for each phase. The lines of a phase add up to its peak.
+
+    `learned`: what earlier runs measured, as a multiple of what was planned; what exceeds 1 is a line of its own.
+    """
+    items = [item for item in _tensors(shape, work, choice, fits) if item.bytes]
+    tensors = peaks(items)
+    items += [Need("more, as earlier runs measured", round((factor - 1) * tensors[phase]), (phase,)) for phase, factor in (learned or {}).items() if factor > 1]
+    lasting = {item.name for item in items if len(item.phases) > 2}
+    short_lived = peaks(item for item in items if item.name not in lasting)
+    items.append(Need("libraries' workspaces" if card.device == "cuda" else "Python and its libraries", card.overheads.libraries, PHASES))
+    items += [Need("heap that the C library keeps", round(card.overheads.heap * size), (phase,)) for phase, size in short_lived.items()]
+    items.append(_searchers(card, shape, work, choice, fits))
+    margin = card.overheads.fragmentation
+    items += [Need(f"margin ({margin:.0%})", round(margin * size), (phase,)) for phase, size in peaks(items).items()]
+    return tuple(item for item in items if item.bytes)
+
+
+def on_host(shape: ModelShape, work: Work, choice: Choice) -> tuple[Need, ...]:
+    """What the knobs move from the card to the host's memory."""
+    inputs = shape.layers * shape.hidden * work.compute_bytes * micro_batch(work, choice) if choice.offload else 0
+    embedding = shape.vocab * shape.hidden * work.compute_bytes if choice.embedding_on_host else 0
+    needs = Need("layer inputs (pinned)", inputs, ("backward",)), Need("embedding", embedding, PHASES)
+    return tuple(need for need in needs if need.bytes)
 
 
 def peaks(items: Iterable[Need]) -> dict[Phase, int]:
@@ -42,30 +49,51 @@ def peaks(items: Iterable[Need]) -> dict[Phase, int]:
     return {phase: sum(item.bytes for item in items if phase in item.phases) for phase in PHASES}
 
 
-def state_bytes(sizes: Iterable[int], optimizer: str) -> int:
-    """Of the optimiser's two moments, for tensors of those sizes.
-
-    >>> state_bytes([100_000], "adamw"), state_bytes([100_000, 100], "adamw_8bit")
-    (800000, 203928)
-    """
-    if "8bit" not in optimizer:
-        return 8 * sum(sizes)
-    return sum(8 * size if size < SMALL_STATE else 2 * size + 8 * -(-size // 256) for size in sizes)
-
-
-def _weights(shape: ModelShape, work: Work) -> list[Need]:
-    parts = shape.adapter_parts(work.lora_r, work.lora_targets) * (2 if work.critic else 1)
-    count = adapter_count(shape, work)
+def _tensors(shape: ModelShape, work: Work, choice: Choice, fits: Fits) -> list[Need]:
+    """Everything that is a tensor of the run's own, as simulated, in lines."""
+    lines, at = fits.training(work, Mode.of(choice)), training_variables(shape, work, choice)
+    loaded, kept, gradients = (lines[part].at(at) for part in ("loaded", "kept", "gradients"))
+    adapters = 4 * adapter_count(shape, work)
+    moved = shape.vocab * shape.hidden * work.compute_bytes if choice.embedding_on_host else 0
     base = f"base ({8 * work.compute_bytes} bit)" if work.quantization == "none" else f"base ({work.quantization})"
-    embedding = 4 * shape.vocab * shape.hidden if work.device == "cpu" else 0          # converted here; for a GPU, before it gets there
+    inputs = 0 if choice.offload or not choice.gradient_checkpointing else shape.layers * shape.hidden * work.compute_bytes * micro_batch(work, choice)
+    backward = lines["backward"].at(at) - gradients
+    cache = _cache(shape, work, choice)
+    rollout = fits.rollout(work, choice.kv_cache).at(rollout_variables(shape, work, choice)) - loaded
     return [
-        Need(base, shape.base_bytes(work.quantization, work.compute_bytes), PHASES),
-        Need("the largest weight as the file has it", max(shape.largest * (work.compute_bytes + 2), embedding), ("load",)),
-        Need("adapters and critic (fp32)" if work.critic else "adapter (fp32)", 4 * count, PHASES),
-        Need(f"optimiser state ({work.optimizer})", state_bytes(parts, work.optimizer), PHASES[1:]),
-        Need("gradients (fp32)", 4 * count, ("backward", "optimiser")),
-        Need("libraries' workspaces" if work.device == "cuda" else "Python and its libraries", LIBRARIES[work.device], PHASES),
+        Need(base, loaded - adapters - moved, PHASES),
+        Need("adapters and critic (fp32)" if work.critic else "adapter (fp32)", adapters, PHASES),
+        Need(f"optimiser state ({work.optimizer})", kept - loaded, PHASES[:-1]),
+        Need("the largest weight as the file has it", _unconverted(shape, work), ("load",)),
+        Need("gradients (fp32)", gradients - kept, ("backward", "optimiser")),
+        _directions(shape, work, choice),
+        _batch(work),
+        Need("KV cache", min(cache, rollout), ("rollout",)),
+        Need("reading prompts, sampling, moving the cache", rollout - min(cache, rollout), ("rollout",)),
+        Need("a layer or the output layer at work", lines["scoring"].at(at) - kept, ("scoring",)),
+        Need("layer inputs", min(inputs, backward), ("backward",)),
+        Need("a layer or the output layer, forth and back", backward - min(inputs, backward), ("backward",)),
+        Need("the optimiser at work", lines["optimiser"].at(at) - gradients, ("optimiser",)),
+        Need("one tensor in float32, and as it is written", _exported(shape), ("export",)),
     ]
+
+
+def _cache(shape: ModelShape, work: Work, choice: Choice) -> int:
+    """Keys and values of a wave when its responses are as long as they may be."""
+    each = 1 + work.cache_bytes / shape.head_dim if choice.kv_cache == "int8" else work.cache_bytes
+    tokens = prompts_in_wave(work, choice.concurrent) * work.max_prompt_length + choice.concurrent * work.max_completion_length
+    return round(shape.kv_bytes(tokens, 1) * each)
+
+
+def _unconverted(shape: ModelShape, work: Work) -> int:
+    """A weight is read, brought to the compute type and quantised, one after the other. On a CPU the embedding is converted too."""
+    embedding = 4 * shape.vocab * shape.hidden if work.device == "cpu" else 0
+    return max(shape.largest * (work.compute_bytes + 2), embedding)
+
+
+def _exported(shape: ModelShape) -> int:
+    """The largest tensor: unpacked, with the adapter added, and in the file's type."""
+    return 10 * max(shape.largest, shape.vocab * shape.hidden)
 
 
 def _directions(shape: ModelShape, work: Work, choice: Choice) -> Need:
@@ -74,36 +102,15 @@ def _directions(shape: ModelShape, work: Work, choice: Choice) -> Need:
     return Need(f"gradients of {work.gradients} directions ({choice.directions})", round(work.gradients * each * size), ("backward", "optimiser"))
 
 
-def _searchers(shape: ModelShape, work: Work, choice: Choice) -> Need:
-    """A searcher has the base, an adapter, its libraries and a wave of its own, all the time."""
-    wave = sum(item.bytes for item in rollout_lasting(shape, work, choice))
-    passing = sum(item.bytes for item in rollout_passing(shape, work, choice)) * (1 + HEAP if work.device == "cpu" else 1)
-    model = shape.base_bytes(work.quantization, work.compute_bytes) + 4 * sum(shape.adapter_parts(work.lora_r, work.lora_targets))
-    return Need(f"copies of {work.searchers} searchers", round(work.searchers * (model + LIBRARIES[work.device] + wave + passing)), PHASES)
-
-
 def _batch(work: Work) -> Need:
     """The step's ids and masks, and about a dozen fp32 columns that reading and credit make of it."""
     columns = 60 + (4 if work.reference else 0) + (8 if work.critic else 0)
-    return Need("the step's batch", work.rollouts * (8 * work.max_prompt_length + columns * work.max_completion_length), PHASES[2:])
+    size = work.rollouts * (8 * work.max_prompt_length + columns * work.max_completion_length)
+    return Need("the step's batch", size, ("scoring", "backward", "optimiser"))
 
 
-def _reading(shape: ModelShape, work: Work, choice: Choice) -> list[Need]:
-    """A pass is at its fullest either in the output layer or in a decoder layer: the larger counts."""
-    tokens, width, on = micro_batch(work, choice), shape.hidden * work.compute_bytes, choice.gradient_checkpointing
-    layer, layer_alone = round(tokens * activations.inside(shape, work, on)), round(tokens * activations.forward(shape, work, work.longest))
-    output = activations.head(shape, work, choice, True) + 4 * tokens * width
-    output_alone = activations.head(shape, work, choice, False) + 2 * tokens * width
-    return [
-        Need("layer inputs kept" if on else "activations kept", round(tokens * activations.kept(shape, work, on)), ("backward",)),
-        Need("the output layer" if output > layer else "the layer at work", max(output, layer), ("backward",)),
-        Need("the output layer" if output_alone > layer_alone else "the layer at work", max(output_alone, layer_alone), ("scoring",)),
-        Need("one layer's weight, unpacked", scratch_weight(shape, work), READING),
-    ]
-
-
-def _optimiser_scratch(shape: ModelShape, work: Work) -> Need:
-    """torch's AdamW on a GPU takes the root of every second moment at once; on a CPU, and in bitsandbytes, one tensor at a time."""
-    at_once = work.device == "cuda" and work.optimizer == "adamw"
-    largest = max(shape.adapter_parts(work.lora_r, work.lora_targets))
-    return Need("optimiser's scratch", 4 * adapter_count(shape, work) if at_once else 16 * largest, ("optimiser",))
+def _searchers(card: Card, shape: ModelShape, work: Work, choice: Choice, fits: Fits) -> Need:
+    """A searcher has the base, an adapter, its libraries and a wave of its own, all the time."""
+    rollout = fits.rollout(work, choice.kv_cache).at(rollout_variables(shape, work, choice))
+    heap = card.overheads.heap * (rollout - shape.base_bytes(work.quantization, work.compute_bytes))
+    return Need(f"copies of {work.searchers} searchers", round(work.searchers * (rollout + heap + card.overheads.libraries)), PHASES)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
-from localrl.memory.bill import bill, peaks
-from localrl.memory.cards import CARD_SHARE, CONTEXT, GIB, Card, Device, gib
-from localrl.memory.knobs import KNOBS, Knob, largest
-from localrl.memory.shape import ModelShape, Quantization
+from localrl.memory.bill import bill, on_host, peaks
+from localrl.memory.cards import CARD_SHARE, CONTEXT, GIB, Card, gib
+from localrl.memory.fit import Fits
+from localrl.memory.knobs import Knob, Search, choose_all, largest
+from localrl.memory.shape import ModelShape
 from localrl.memory.work import PHASES, Choice, DirectionKind, Need, Phase, Work
 from localrl.settings import UserError
 
@@ -25,6 +26,7 @@ WHILE: Mapping[Phase, str] = {
     "scoring": "while it scores",
     "backward": "while it learns",
     "optimiser": "while it updates",
+    "export": "while it is exported",
 }
 SETTING: Mapping[str, str] = {
     "concurrent": "rollout.concurrent",
@@ -32,14 +34,15 @@ SETTING: Mapping[str, str] = {
     "gradient_checkpointing": "memory.gradient_checkpointing",
     "head_chunk": "memory.head_chunk",
     "directions": "memory.directions",
+    "mlp_tile": "memory.mlp_tile",
+    "offload": "memory.offload",
+    "kv_cache": "memory.kv_cache",
+    "embedding_on_host": "memory.embedding_on_host",
     "optimizer": "optim.optimizer",
     "quantization": "model.quantization",
     "max_completion_length": "rollout.max_completion_length",
 }
 """Where the settings say what a sentence of ours recommends."""
-
-PASS_TOKENS = 256
-"""What a forward and backward pass costs besides its tokens, in tokens: every weight is unpacked once."""
 
 
 class DoesNotFit(UserError):
@@ -56,11 +59,20 @@ class MemoryPlan:
     knobs: tuple[Knob, ...]
     asked: Mapping[str, Any]
     """The knobs as they came, None where the plan was free."""
+    sources: Fits = field(repr=False, compare=False)
+    """Where the bytes come from."""
+    learned: Mapping[Phase, float] = field(default_factory=dict)
+    """What earlier runs measured here, as a multiple of what was planned."""
 
     @cached_property
     def items(self) -> tuple[Need, ...]:
         """Every line of the bill, the margin among them."""
-        return bill(self.shape, self.work, self.choice)
+        return bill(self.card, self.shape, self.work, self.choice, self.sources, self.learned)
+
+    @cached_property
+    def host(self) -> tuple[Need, ...]:
+        """What waits in the host's memory instead of the card's."""
+        return on_host(self.shape, self.work, self.choice)
 
     @cached_property
     def phases(self) -> dict[Phase, int]:
@@ -70,7 +82,8 @@ class MemoryPlan:
     @cached_property
     def choice(self) -> Choice:
         """The knobs' values."""
-        return Choice(**{knob.name: knob.value for knob in self.knobs})
+        known = {knob.name: knob.value for knob in self.knobs}
+        return Choice(**known)
 
     @property
     def concurrent(self) -> int:
@@ -79,7 +92,7 @@ class MemoryPlan:
 
     @property
     def micro_batch_tokens(self) -> int:
-        """Padded tokens of one forward and backward pass."""
+        """Tokens of one forward and backward pass."""
         return self.choice.micro_batch_tokens
 
     @property
@@ -116,7 +129,6 @@ class MemoryPlan:
             *host,
             "reward functions' worker processes",
             "other programs that start to use the same memory during the run",
-            "export (it needs an fp32 copy of one layer at a time, and disk space for the file)",
         )
 
     def lines(self, phase: Phase) -> list[Need]:
@@ -138,13 +150,14 @@ class MemoryPlan:
         return "the machine" if self.card.device == "cpu" else "the card"
 
     def split(self, sequence_length: Tensor) -> list[Tensor]:
-        """The rows of each micro-batch, longest first, each row in exactly one: the cheapest way to cut the sorted rows.
+        """The rows of each micro-batch, longest first, each row in exactly one; as few as hold `micro_batch_tokens` at most, but a longer row goes alone.
 
-        sequence_length (B,) int64 -> int64 tensors on its device. rows * longest <= `micro_batch_tokens`, but a longer row goes alone. A pass
-        costs its padded tokens and as much again as `PASS_TOKENS` of them, so that a few long rows do not have short ones padded to their length.
+        sequence_length (B,) int64 -> int64 tensors on its device. Rows are laid end to end, so it is the sum of their lengths that counts, and
+        rows of like length stand together.
         """
         order = sequence_length.argsort(descending=True, stable=True)
-        return [order[start:end] for start, end in cheapest_cuts(sequence_length[order].tolist(), self.micro_batch_tokens)]
+        lengths = sequence_length[order].tolist()
+        return [order[start:end] for start, end in packed(lengths, self.micro_batch_tokens)]
 
     @property
     def unit(self) -> str:
@@ -170,6 +183,7 @@ class MemoryPlan:
             "phases": dict(self.phases),
             "knobs": {knob.name: {"value": knob.value, "reason": knob.reason} for knob in self.knobs},
             "items": [{"name": item.name, "bytes": item.bytes, "phases": list(item.phases)} for item in self.items],
+            "host": [{"name": item.name, "bytes": item.bytes, "phases": list(item.phases)} for item in self.host],
             "not_counted": list(self.not_counted),
         }
 
@@ -178,91 +192,47 @@ class MemoryPlan:
         return json.dumps(self.to_dict(), indent=2)
 
 
-def cheapest_cuts(lengths: Sequence[int], most: int) -> list[tuple[int, int]]:
-    """Consecutive parts of `lengths` (falling), (start, end) each: the least sum of rows * longest + PASS_TOKENS, with rows * longest <= `most`.
+def packed(lengths: Sequence[int], most: int) -> list[tuple[int, int]]:
+    """Consecutive parts (start, end), each with a sum of at most `most`, or one alone; of about the same sum, none more than are needed.
 
-    >>> cheapest_cuts([400, 380, 40, 40, 30], 4096), cheapest_cuts([60, 50, 40], 4096), cheapest_cuts([60, 50, 40], 100)
-    ([(0, 2), (2, 5)], [(0, 3)], [(0, 1), (1, 3)])
+    >>> packed([400, 380, 40, 40, 30], 800), packed([60, 50, 40], 100), packed([9, 9, 9, 9], 28)
+    ([(0, 1), (1, 5)], [(0, 1), (1, 3)], [(0, 2), (2, 4)])
     """
-    count = len(lengths)
-    best, end_of = [0] * (count + 1), [0] * count                  # from a row to the end: cost, and where its part ends
-    for start in reversed(range(count)):
-        widest = min(count, start + max(1, most // max(1, lengths[start])))
-        costs = ((end - start) * lengths[start] + PASS_TOKENS + best[end] for end in range(start + 1, widest + 1))
-        best[start], end_of[start] = min((cost, -end) for end, cost in enumerate(costs, start + 1))
-        end_of[start] = -end_of[start]
-    cuts, start = [], 0
-    while start < count:
-        cuts.append((start, end_of[start]))
-        start = end_of[start]
-    return cuts
+    low, high = max(lengths, default=0), max(most, max(lengths, default=0))
+    needed = len(_filled(lengths, high))
+    even = largest(-high, -low, lambda bound: len(_filled(lengths, -bound)) <= needed)
+    return _filled(lengths, -even)
 
 
-def make_plan(
-    shape: ModelShape,
-    *,
-    card_bytes: int | str | None,
-    quantization: Quantization,
-    compute_bytes: int,
-    lora_r: int,
-    lora_targets: str | Sequence[str],
-    critic: bool,
-    optimizer: str,
-    prompts_per_step: int,
-    num_generations: int,
-    max_prompt_length: int,
-    max_completion_length: int,
-    gradient_checkpointing: bool | None = None,
-    micro_batch_tokens: int | None = None,
-    concurrent: int | None = None,
-    head_chunk: int | None = None,
-    reference: bool = False,
-    device: Device = "cuda",
-    unpacked: bool | None = None,
-    fewest_generations: int = 1,
-    truncated: bool = False,
-    searchers: int = 0,
-    gradients: int = 0,
-    directions: DirectionKind | None = None,
-) -> MemoryPlan:
-    """Choose every knob that is None, honour the others, and count. Never refuses: `MemoryPlan.check` does.
+def _filled(lengths: Sequence[int], most: int) -> list[tuple[int, int]]:
+    """One after the other, each as full as may be."""
+    cuts, start, total = [], 0, 0
+    for place, length in enumerate(lengths):
+        if place > start and total + length > most:
+            cuts.append((start, place))
+            start, total = place, 0
+        total += length
+    return [*cuts, (start, len(lengths))] if lengths else []
 
-    `card_bytes`: bytes, "16GiB", "RTX 4080", or None for what this machine has free. `unpacked`: rollouts copy the linear layers
-    (None: on a CPU). `fewest_generations`: samples of one prompt in the call that shares prompts least, an evaluation's; 1 is the safe
-    answer. `truncated`: top-p or top-k. `searchers`: processes with a copy of the model. `gradients`: how many are kept apart until the step is over.
-    UserError: an unknown card or adapter target, no CUDA device where one is asked for.
+
+def choose(card: Card, shape: ModelShape, work: Work, asked: Mapping[str, Any], fits: Fits, learned: Mapping[Phase, float] | None = None) -> MemoryPlan:
+    """Choose every knob that is None in `asked`, honour the others, and count. Never refuses: `MemoryPlan.check` does.
+
+    The embedding goes to the host if nothing else makes it fit. UserError: an adapter target that the model has not.
     """
-    work = Work(
-        quantization, compute_bytes, lora_r, lora_targets if isinstance(lora_targets, str) else tuple(lora_targets), critic, optimizer,
-        prompts_per_step, num_generations, max_prompt_length, max_completion_length, reference, device,
-        device == "cpu" if unpacked is None else unpacked, min(fewest_generations, num_generations), truncated, searchers, gradients,
-    )  # fmt: skip
-    shape.adapter_parts(lora_r, work.lora_targets)
-    asked = {
-        "concurrent": concurrent,
-        "micro_batch_tokens": micro_batch_tokens,
-        "gradient_checkpointing": gradient_checkpointing,
-        "head_chunk": head_chunk,
-        "directions": directions,
-    }
-    return choose(Card.of(card_bytes, device), shape, work, asked)
+    shape.adapter_parts(work.lora_r, work.lora_targets)
 
+    def plan(told: Mapping[str, Any]) -> MemoryPlan:
+        knobs = choose_all(Search(card, shape, work, told, fits, learned or {}))
+        return MemoryPlan(card, shape, work, knobs, asked, fits, learned or {})
 
-def choose(card: Card, shape: ModelShape, work: Work, asked: Mapping[str, Any]) -> MemoryPlan:
-    """The knobs one after the other, each judged with the smallest values of those that follow."""
-    least = Choice(1, work.longest, True, 256)
-    knobs: list[Knob] = []
-    for name, chooser in KNOBS.items():
-        if name == "directions" and not work.gradients:
-            continue
-        settled = {knob.name: knob.value for knob in knobs}
-
-        def fits(phase: Phase, settled: Mapping[str, Any] = settled, **values: Any) -> bool:
-            return peaks(bill(shape, work, replace(least, **{**settled, **values})))[phase] <= card.usable
-
-        value, reason = chooser(card, shape, work, fits, settled) if asked[name] is None else (asked[name], "as set")
-        knobs.append(Knob(name, value, reason))
-    return MemoryPlan(card, shape, work, tuple(knobs), asked)
+    found = plan(asked)
+    if not found.fits and not shape.tied and card.device == "cuda" and asked.get("embedding_on_host") is None:
+        moved = plan({**asked, "embedding_on_host": True})
+        if moved.fits:
+            why = f"without its {gib(shape.vocab * shape.hidden * work.compute_bytes)} the rest fits"
+            return replace(moved, knobs=tuple(replace(k, reason=why) if k.name == "embedding_on_host" else k for k in moved.knobs))
+    return found
 
 
 def way_out(plan: MemoryPlan) -> str:
@@ -291,7 +261,7 @@ def way_out(plan: MemoryPlan) -> str:
 
 
 def _changed(plan: MemoryPlan, work: Mapping[str, Any], asked: Mapping[str, Any]) -> MemoryPlan:
-    return choose(plan.card, plan.shape, replace(plan.work, **work), asked)
+    return choose(plan.card, plan.shape, replace(plan.work, **work), asked, plan.sources, plan.learned)
 
 
 def _shorter(plan: MemoryPlan) -> MemoryPlan | None:

@@ -8,8 +8,8 @@ from typing import Literal
 from localrl.memory.cards import Device
 from localrl.memory.shape import ModelShape, Quantization
 
-Phase = Literal["load", "rollout", "scoring", "backward", "optimiser"]
-PHASES: tuple[Phase, ...] = ("load", "rollout", "scoring", "backward", "optimiser")
+Phase = Literal["load", "rollout", "scoring", "backward", "optimiser", "export"]
+PHASES: tuple[Phase, ...] = ("load", "rollout", "scoring", "backward", "optimiser", "export")
 
 
 DirectionKind = Literal["float32", "bfloat16", "int8", "two_pass", "lagged"]
@@ -86,16 +86,22 @@ class Choice:
     concurrent: int
     """Sequences decoded at once."""
     micro_batch_tokens: int
-    """Padded tokens of one forward and backward pass; a row that is longer goes alone."""
+    """Tokens of one forward and backward pass; a row that is longer goes alone."""
     gradient_checkpointing: bool
     head_chunk: int
     """Tokens whose logits exist at a time."""
     directions: DirectionKind = "lagged"
     """How the gradients of several directions are kept."""
+    mlp_tile: int = 0
+    """Tokens of one layer's MLP that are computed at a time; 0: all at once."""
+    offload: bool = False
+    """The layers' inputs wait for the backward pass in the host's memory."""
+    kv_cache: Literal["full", "int8"] = "full"
+    embedding_on_host: bool = False
 
 
 def micro_batch(work: Work, choice: Choice) -> int:
-    """Padded tokens of the largest micro-batch: the knob, but at least the longest row and at most the whole step."""
+    """Tokens of the largest micro-batch: the knob, but at least the longest row and at most the whole step."""
     return max(work.longest, min(choice.micro_batch_tokens, work.rollouts * work.longest))
 
 
@@ -103,8 +109,3 @@ def adapter_count(shape: ModelShape, work: Work) -> int:
     """Numbers that learn: the LoRA matrices of every adapter, and the value head."""
     one = sum(shape.adapter_parts(work.lora_r, work.lora_targets))
     return 2 * one + shape.hidden + 1 if work.critic else one
-
-
-def scratch_weight(shape: ModelShape, work: Work) -> int:
-    """Bytes of the largest weight, unpacked for one product; in fp32 with the adapter added, so also where nothing is quantised."""
-    return shape.largest * work.compute_bytes if work.quantization != "none" or work.compute_bytes == 4 else 0

@@ -1,0 +1,138 @@
+"""Lines for a plan: those that travel with the package, those that this machine has found before, or found now."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from localrl.config import Run, preset_folder
+from localrl.devices import Kind
+from localrl.memory.fit import Mode, Part, shares_prompts
+from localrl.memory.lines import Lines
+from localrl.memory.reality import store
+from localrl.memory.shape import ModelShape
+from localrl.memory.work import Work
+
+VERSION = 1
+"""Counts up when the code that is simulated needs other memory than before; a test compares what travels with what is found."""
+NOT_SIZES = ("_name_or_path", "torch_dtype", "dtype", "transformers_version", "architectures", "bos_token_id", "eos_token_id", "pad_token_id",
+             "num_hidden_layers", "layer_types", "max_window_layers", "max_position_embeddings", "use_cache", "quantization_config")
+"""Parts of a config that change no tensor of one layer."""
+LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
+
+
+class Simulated:
+    """`localrl.memory.fit.Fits`, for the model of one config and the run that is planned."""
+
+    def __init__(self, config: Any, run: Run, dtype: torch.dtype, device: Kind, say: Callable[[str], None] = lambda text: None) -> None:
+        """`say` hears when something has to be simulated, which takes seconds."""
+        self.config, self.run, self.dtype, self.device, self.say = config, run, dtype, device, say
+        self.shape = ModelShape.read(config.to_dict())
+        self._known: dict[str, dict[str, Lines]] = {}
+
+    def training(self, work: Work, mode: Mode) -> Mapping[Part, Lines]:
+        """Of every part of training that way."""
+
+        def simulate(run: Run) -> dict[str, Lines]:
+            from localrl.simulate.fits import training_lines
+
+            return training_lines(self.config, run, self.dtype, self.device, mode, self._longest(work))
+
+        about = {**vars(mode), **_algorithm(self.run), "optimizer": work.optimizer, "critic": work.critic, "length": self._longest(work)}
+        return self._lines(work, "training", about, simulate)  # type: ignore[return-value]
+
+    def rollout(self, work: Work, kv_cache: Literal["full", "int8"]) -> Lines:
+        """Of a wave."""
+
+        def simulate(run: Run) -> dict[str, Lines]:
+            from localrl.simulate.fits import rollout_lines
+
+            return {"rollout": rollout_lines(self.config, run, self.dtype, self.device, kv_cache, own)}
+
+        own = shares_prompts(self.shape, work)
+        about = {"kv_cache": kv_cache, "unpacked": work.unpacked, "truncated": work.truncated, "own": own, "greedy": self.run.rollout.temperature == 0}
+        return self._lines(work, "rollout", about, simulate)["rollout"]
+
+    def _longest(self, work: Work) -> int | None:
+        """Where the length of a row changes what is done, not only how much of it: attention with scores of its own, or a window that is passed."""
+        shape = self.shape
+        return work.longest if shape.eager or (shape.window and work.longest > shape.window) else None
+
+    def _lines(self, work: Work, what: str, about: Mapping[str, Any], simulate: Callable[[Run], dict[str, Lines]]) -> dict[str, Lines]:
+        key = self._key(work, what, about)
+        if key not in self._known:
+            self._known[key] = _read(key) or self._make(key, work, simulate)
+        return self._known[key]
+
+    def _make(self, key: str, work: Work, simulate: Callable[[Run], dict[str, Lines]]) -> dict[str, Lines]:
+        self.say(f"simulating two layers of this {self.shape.family} once, to know what it needs (a few seconds)")
+        lines = simulate(_as_asked(self.run, work))
+        _write(key, lines)
+        return lines
+
+    def _key(self, work: Work, what: str, about: Mapping[str, Any]) -> str:
+        config = {name: value for name, value in self.config.to_dict().items() if name not in NOT_SIZES}
+        targets = work.lora_targets if isinstance(work.lora_targets, str) else sorted(work.lora_targets)
+        told = {
+            "config": config, "what": what, "about": dict(about), "quantization": work.quantization, "dtype": str(self.dtype), "device": self.device,
+            "r": work.lora_r, "targets": targets, "version": VERSION, "libraries": {name: _minor(version(name)) for name in LIBRARIES},
+        }  # fmt: skip
+        return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:24]
+
+
+def shipped() -> Path:
+    """Lines that travel with the presets, so that their models are planned at once."""
+    return preset_folder() / "lines"
+
+
+def _algorithm(run: Run) -> dict[str, Any]:
+    """What decides the columns that training keeps."""
+    algorithm = run.algorithm.for_sampler(exact=run.own_samples)
+    reads = [sorted(columns) for columns in (algorithm.reads_before, *algorithm.readings)]
+    return {"algorithm": algorithm.name, "reads": reads, "rewards": len(run.rewards.functions)}
+
+
+def _as_asked(run: Run, work: Work) -> Run:
+    """The run with what a plan may have changed."""
+    targets = work.lora_targets if isinstance(work.lora_targets, str) else tuple(work.lora_targets)
+    return run.model_copy(update={
+        "model": run.model.model_copy(update={"quantization": work.quantization}),
+        "optim": run.optim.model_copy(update={"optimizer": work.optimizer}),
+        "adapter": run.adapter.model_copy(update={"lora_r": work.lora_r, "lora_target_modules": targets}),
+        "rollout": run.rollout.model_copy(update={"weights": "unpacked" if work.unpacked else "live"}),
+    })  # fmt: skip
+
+
+def _minor(name: str) -> str:
+    return ".".join(name.split("+")[0].split(".")[:2])
+
+
+def _read(key: str) -> dict[str, Lines] | None:
+    """A file that is damaged counts as none: what it held can be found again."""
+    for folder in (shipped(), store().parent / "lines"):
+        try:
+            values = json.loads((folder / f"{key}.json").read_text("utf-8"))
+            return {name: Lines.from_dict(lines) for name, lines in values.items()}
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            continue
+    return None
+
+
+def _write(key: str, lines: Mapping[str, Lines]) -> None:
+    """Whole or not at all; a folder that cannot be written to only costs the next plan some seconds."""
+    folder = store().parent / "lines"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=folder, delete=False, encoding="utf-8") as file:
+            json.dump({name: part.to_dict() for name, part in lines.items()}, file)
+        os.replace(file.name, folder / f"{key}.json")
+    except OSError:
+        return
