@@ -35,7 +35,7 @@ REWARDS = {"demo": "correct", "25m": "letters"}
 
 def model_folder(name: str, into: Path) -> Path:
     """The embedded model, or a random Llama of 25 M parameters with the same tokenizer."""
-    from localrl.policy.load import DEMO_MODEL
+    from localrl.policy.place import DEMO_MODEL
 
     if name == "demo":
         return DEMO_MODEL

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -87,7 +88,7 @@ def train(
     run = load_run(preset or (None if config or from_log else "demo"), config, given)
     if dry_run:
         prepared = check_run(anchor(run, Path.cwd()), _say)
-        _show_plan(prepared.plan)
+        _show_plans(run, [prepared.plan])
         sample = prepared.data.train[0]
         _say(f"{len(prepared.data.train)} training prompts, {len(prepared.data.eval)} held out; the first as the model sees it ({len(sample.tokens)} tokens):")
         console.print(Panel(escape(prepared.tokenizer.decode(list(sample.tokens))), border_style="dim"))
@@ -130,21 +131,15 @@ def plan(
 ) -> None:
     """What every phase of a run will need, before anything loads; from the model's config alone."""
     from localrl.config import load_run
-    from localrl.prepare import plan_for_card
+    from localrl.planning import plan_for_card
 
     run = load_run(preset or (None if config else "demo"), config, overrides or [])
     cards = [c.strip() for c in card.split(",")] if card else [None]
-    plans = [plan_for_card(run, c) for c in cards]
-    if as_json:
-        print(json.dumps([json.loads(p.to_json()) for p in plans] if len(plans) > 1 else json.loads(plans[0].to_json()), indent=2))
-        return
-    if len(plans) > 1:
-        from localrl.memory.show import cards_table
-
-        console.print(cards_table(plans))
-        return
-    _show_plan(plans[0])
-    plans[0].check()
+    say = _progress()
+    plans = [plan_for_card(run, c, (lambda text: None) if as_json else say) for c in cards]
+    _show_plans(run, plans, as_json)
+    if len(plans) == 1 and not as_json:
+        plans[0].check()
 
 
 @app.command(name="eval")
@@ -293,10 +288,44 @@ def _after(path: Path) -> None:
     _say(f"next: localrl export {path}")
 
 
-def _show_plan(plan: Any) -> None:
-    from localrl.memory.show import plan_table
+def _show_plans(run: Any, plans: Sequence[Any], as_json: bool = False) -> None:
+    """One in full, several as a table, a card each."""
+    from localrl.memory.show import as_dict, cards_table, plan_table
 
-    console.print(plan_table(plan))
+    passes = [_passes(run, plan) for plan in plans]
+    if as_json:
+        values = [as_dict(plan, count) for plan, count in zip(plans, passes, strict=True)]
+        print(json.dumps(values if len(values) > 1 else values[0], indent=2))
+    else:
+        console.print(cards_table(plans, passes[0]) if len(plans) > 1 else plan_table(plans[0], _machine(), passes[0]))
+
+
+def _passes(run: Any, plan: Any) -> int:
+    """How often a step is read before it is learned from: once for each of the models that somebody asks about."""
+    algorithm = run.algorithm.for_sampler(exact=run.own_samples and plan.choice.kv_cache == "full")
+    before = algorithm.reads_before | (frozenset({"logp"}) if run.optim.num_iterations > 1 else frozenset())
+    return ("ref" in before) + ("value" in before) + bool(before - {"ref", "value"})
+
+
+def _machine() -> tuple[int, int] | None:
+    """(free, total) bytes of this computer's memory, if it is one that trains on a card."""
+    import torch
+
+    from localrl.memory.cards import machine_memory
+
+    return machine_memory() if torch.cuda.is_available() else None
+
+
+def _progress() -> Callable[[str], None]:
+    """Says each thing once, where it does not get into a pipe."""
+    said: set[str] = set()
+
+    def say(text: str) -> None:
+        if text not in said:
+            Console(stderr=True).print(f"[dim]{escape(text)}[/dim]", highlight=False, soft_wrap=True)
+        said.add(text)
+
+    return say
 
 
 def _say(text: str) -> None:

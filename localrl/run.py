@@ -5,6 +5,7 @@ The only room that sees them all. Nothing is written before everything that can 
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,9 +23,12 @@ from localrl.engines.torch import TorchEngine
 from localrl.evaluate import EVAL_VERSION
 from localrl.folder import RunFolder, find_checkpoint, read_lines, read_run, write_whole
 from localrl.interrupt import Interrupts
+from localrl.memory.reality import Teacher, key, tensors
+from localrl.metrics import Clock, Metrics
 from localrl.oom import Limits, OutOfMemory
 from localrl.policy.policy import Policy
 from localrl.prepare import Prepared, anchor, open_rewards, prepare
+from localrl.probe import in_words, probe
 from localrl.record import Display, Exam, Recorder, read_limits, read_trainer, restore_rng
 from localrl.rewards import LoggedRewards, Rewards, Scores
 from localrl.settings import UserError
@@ -107,20 +111,20 @@ def train_run(run: Run, display: Display) -> Path:
     path = Path(run.log.dir).expanduser().resolve() if run.log.dir else next_folder(run.name)
     RunFolder.refuse_if_used(path)
     prepared = prepare(run, display.say)
-    folder = RunFolder.create(path, run)
+    folder = RunFolder.create(path, prepared.run)
     try:
-        return _start(run, prepared, folder, display)
+        return _start(prepared, folder, display)
     finally:
         folder.close()
         if not (path / "state.json").exists():                    # it never began: leave nothing behind
             shutil.rmtree(path)
 
 
-def _start(run: Run, prepared: Prepared, folder: RunFolder, display: Display) -> Path:
-    with open_rewards(run, prepared.data, folder.path / REWARD_LOG) as judges:
+def _start(prepared: Prepared, folder: RunFolder, display: Display) -> Path:
+    with open_rewards(prepared.run, prepared.data, folder.path / REWARD_LOG) as judges:
         display.phase("load")
         with assemble(prepared, judges, display, log=folder.path / SEARCH_LOG) as room:
-            write_whole(folder.path / "plan.json", prepared.plan.to_json())
+            write_plan(folder, room)
             display.say(f"run folder: {folder.path}")
             if room.session.algorithm.calibrates:
                 display.phase("calibration")
@@ -162,12 +166,35 @@ def resume_run(path: Path, display: Display, steps: int | None = None) -> Path:
         folder.close()
 
 
+def try_worst_case(room: Room, folder: RunFolder, display: Display) -> None:
+    """Where it is wanted: on a GPU, unless the settings say otherwise."""
+    session, device = room.session, room.session.policy.device
+    wanted = session.run.memory.probe
+    if not (device.type == "cuda" if wanted is None else wanted):
+        return
+    metrics = probe(session, room.own, Clock(lambda phase: display.phase("probe"), device, tensors(session.plan.phases, session.plan.card)))
+    display.say(in_words(metrics))
+    plan = session.plan
+    Teacher(key(plan.card, plan.shape, plan.work), display.say).look(metrics, worst_case=True)
+    write_plan(folder, room, metrics)
+
+
+def write_plan(folder: RunFolder, room: Room, measured: Metrics | None = None) -> None:
+    """plan.json: what was planned, what the worst case measured, and what running out of memory has taught."""
+    path = folder.path / "plan.json"
+    before = json.loads(path.read_text()).get("measured") if path.exists() and measured is None else measured
+    values = {**room.session.plan.to_dict(), "measured": before, "limits": room.session.limits.to_dict()}
+    write_whole(path, json.dumps(values, indent=2))
+
+
 def _go(room: Room, folder: RunFolder, prepared: Prepared, display: Display) -> Path:
     session = room.session
     recorder = Recorder(session, folder, room.exam(prepared.data), display)
+    learned = session.limits.to_dict()
     try:
         with Interrupts() as interrupts:
             recorder.beat("running")
+            try_worst_case(room, folder, display)
             if recorder.owes_evaluation(session.policy.step):
                 recorder.evaluate(session.policy.step)
             train(session, recorder, interrupts)
@@ -186,6 +213,9 @@ def _go(room: Room, folder: RunFolder, prepared: Prepared, display: Display) -> 
     except BaseException as error:
         recorder.beat("failed", f"{type(error).__name__}: {error}")
         raise
+    finally:
+        if session.limits.to_dict() != learned:
+            write_plan(folder, room)
     return folder.path
 
 

@@ -123,8 +123,8 @@ class OptimSettings(Settings):
 
     learning_rate: float = Field(2e-5, gt=0, le=1)
     """LoRA wants 1e-5 to 5e-5 on real models: at 1e-6 hardly a weight moves."""
-    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = "adamw"
-    """adamw is torch's; the others are bitsandbytes'."""
+    optimizer: Literal["auto", "adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = "auto"
+    """adamw is torch's; the others are bitsandbytes'. auto: adamw, or adamw_8bit where adamw's state would take more than 2 % of the card."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay."""
     adam_beta1: float = Field(0.9, ge=0, lt=1)

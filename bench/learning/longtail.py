@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from localrl.demo import task
 from localrl.demo.build import answer_loss, encode
-from localrl.policy.load import DEMO_MODEL
+from localrl.policy.place import DEMO_MODEL
 
 LIMIT = 400
 SEED, STEPS, ROWS = 7, 220, 24

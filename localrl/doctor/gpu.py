@@ -10,14 +10,12 @@ from pathlib import Path
 
 from localrl import allocator
 from localrl.doctor.finding import Finding, first_line
-from localrl.memory.cards import CARD_SHARE, CONTEXT, FRAGMENTATION, FRAGMENTATION_OF_FIXED, Card, gib, machine_memory, usable_bytes
+from localrl.memory.cards import CARD_SHARE, CONTEXT, FRAGMENTATION, FRAGMENTATION_OF_FIXED, Card, gib, pinnable, usable_bytes
 from localrl.memory.reality import lessons, store
 
 SHOWN_LESSONS = 6
 PINNED_TRIAL = 2**28
 """Bytes that are pinned for a moment, to see whether it works."""
-PINNED_SHARE = {"wsl": 0.4, "linux": 0.8}
-"""Of the memory that is available, what may be pinned before the rest of the system suffers or refuses: a rule of thumb, nobody states a limit."""
 TOKEN_OF_8B = 288 * 2**10
 """Bytes of all layers' inputs, half precision."""
 
@@ -104,8 +102,7 @@ def pinned() -> list[Finding]:
 
     if not torch.cuda.is_available():
         return []
-    where = "wsl" if allocator.under_wsl() else "linux"
-    room = round(PINNED_SHARE[where] * machine_memory()[0])
+    room = pinnable()
     try:
         trial = torch.empty(PINNED_TRIAL, dtype=torch.uint8, pin_memory=True)
     except RuntimeError as error:
@@ -113,7 +110,7 @@ def pinned() -> list[Finding]:
         return [Finding("pinned memory", f"{gib(PINNED_TRIAL)} refused", "warn", meaning)]
     del trial
     _empty_pinned()
-    guest = "; Windows pins no more than part of what its guest has, and .wslconfig (memory=...) sets that" if where == "wsl" else ""
+    guest = "; Windows pins no more than part of what its guest has, and .wslconfig (memory=...) sets that" if allocator.under_wsl() else ""
     meaning = f"memory.offload keeps the layers' inputs there: room for a pass of about {room // TOKEN_OF_8B:,} tokens of an 8B"
     return [Finding("pinned memory", f"works, about {gib(room)} can be pinned", "ok", meaning + guest)]
 

@@ -6,13 +6,17 @@ from collections.abc import Iterable, Mapping
 
 from localrl.memory.cards import Card
 from localrl.memory.fit import Fits, Mode, prompts_in_wave, rollout_variables, training_variables
-from localrl.memory.shape import ModelShape
-from localrl.memory.work import PHASES, SKETCH, Choice, DirectionKind, Need, Phase, Work, adapter_count, micro_batch
+from localrl.memory.shape import Linear, ModelShape
+from localrl.memory.work import PHASES, SKETCH, Choice, DirectionKind, Need, Phase, Work, adapter_count, micro_batch, passes
 
 DIRECTION_BYTES: Mapping[DirectionKind, float] = {"float32": 4, "bfloat16": 2, "int8": 1 + 2 / 256, "two_pass": 4, "lagged": 4}
 """Of one number."""
 WHOLE: tuple[DirectionKind, ...] = ("float32", "bfloat16", "int8")
 """Kinds that keep every number of a gradient."""
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "dense")
+"""Linear layers whose names begin with "self_attn", and so come after the MLP's."""
+EXPORT_BLOCK = 2**24
+"""Numbers of a tensor that an export holds in float32 at a time (`localrl.export.weights`)."""
 
 
 def bill(
@@ -57,24 +61,25 @@ def _tensors(shape: ModelShape, work: Work, choice: Choice, fits: Fits) -> list[
     moved = shape.vocab * shape.hidden * work.compute_bytes if choice.embedding_on_host else 0
     base = f"base ({8 * work.compute_bytes} bit)" if work.quantization == "none" else f"base ({work.quantization})"
     inputs = 0 if choice.offload or not choice.gradient_checkpointing else shape.layers * shape.hidden * work.compute_bytes * micro_batch(work, choice)
-    backward = lines["backward"].at(at) - gradients
+    backward = lines["first" if passes(work, choice) == 1 else "backward"].at(at) - gradients
     cache = _cache(shape, work, choice)
     rollout = fits.rollout(work, choice.kv_cache).at(rollout_variables(shape, work, choice)) - loaded
     return [
         Need(base, loaded - adapters - moved, PHASES),
         Need("adapters and critic (fp32)" if work.critic else "adapter (fp32)", adapters, PHASES),
         Need(f"optimiser state ({work.optimizer})", kept - loaded, PHASES[:-1]),
-        Need("the largest weight as the file has it", _unconverted(shape, work), ("load",)),
+        Need("a weight that is quantised, or the output layer tried out", max(0, _loading(shape, work, loaded, adapters) - (kept - moved)), ("load",)),
         Need("gradients (fp32)", gradients - kept, ("backward", "optimiser")),
         _directions(shape, work, choice),
         _batch(work),
         Need("KV cache", min(cache, rollout), ("rollout",)),
         Need("reading prompts, sampling, moving the cache", rollout - min(cache, rollout), ("rollout",)),
-        Need("a layer or the output layer at work", lines["scoring"].at(at) - kept, ("scoring",)),
+        Need("a layer or the output layer at work", lines["scoring"].at(at) - gradients, ("scoring",)),
         Need("layer inputs", min(inputs, backward), ("backward",)),
         Need("a layer or the output layer, forth and back", backward - min(inputs, backward), ("backward",)),
         Need("the optimiser at work", lines["optimiser"].at(at) - gradients, ("optimiser",)),
-        Need("one tensor in float32, and as it is written", _exported(shape), ("export",)),
+        Need("one tensor in float32", _exported(shape, work), ("export",)),
+        Need("the same as it is written", _written(shape) if work.device == "cpu" else 0, ("export",)),
     ]
 
 
@@ -85,15 +90,51 @@ def _cache(shape: ModelShape, work: Work, choice: Choice) -> int:
     return round(shape.kv_bytes(tokens, 1) * each)
 
 
+def _loading(shape: ModelShape, work: Work, loaded: int, adapters: int) -> int:
+    """Bytes at the fullest moment before there is an optimiser: a weight that is quantised, or the output layer's logits compared with the model's own
+    (`localrl.policy.output_layer.Head.verify`), for which a CPU turns its weight into fp32."""
+    copied = shape.hidden if work.device == "cpu" and work.compute_bytes == 2 else 0
+    trial = 4 * shape.vocab * (copied + (40 if shape.softcapped else 24))
+    return max(loaded - adapters + _unconverted(shape, work), loaded + trial)
+
+
 def _unconverted(shape: ModelShape, work: Work) -> int:
-    """A weight is read, brought to the compute type and quantised, one after the other. On a CPU the embedding is converted too."""
-    embedding = 4 * shape.vocab * shape.hidden if work.device == "cpu" else 0
-    return max(shape.largest * (work.compute_bytes + 2), embedding)
+    """What the base takes beyond its own bytes at the fullest moment of loading, when a large weight of the last layer is being quantised; less than 0 if
+    it never does. Weights come by name, one after the other, from a file in half precision."""
+    if work.quantization == "none":
+        return -shape.base_bytes("none", work.compute_bytes)
+    most, after = -shape.base_bytes(work.quantization, work.compute_bytes), 0.0
+    for linear in sorted(shape.linears, key=lambda linear: (linear.name in ATTENTION, linear.name), reverse=True):
+        after += linear.numbers * (0.5 + 1 / 64 + 4 / 2**14) if work.quantization == "nf4" else linear.numbers + 4 * linear.outputs
+        most = max(most, round(_quantising(linear, work) - after))
+    return most
 
 
-def _exported(shape: ModelShape) -> int:
-    """The largest tensor: unpacked, with the adapter added, and in the file's type."""
-    return 10 * max(shape.largest, shape.vocab * shape.hidden)
+def _quantising(linear: Linear, work: Work) -> float:
+    """Bytes of one weight on its way, with what comes of it. On a CPU as measured; on a GPU as bitsandbytes' source has it."""
+    if work.device == "cuda":
+        return linear.numbers * (work.compute_bytes + (0.5 + 9 / 64 if work.quantization == "nf4" else 3)) + 8 * linear.outputs
+    if work.quantization == "nf4":                                  # in fp32, scaled, its place in the table of 16 (int32, uint8), packed twice
+        return linear.numbers * (14 + 1 / 16)
+    return linear.numbers * (10 + (work.compute_bytes if work.compute_bytes != 2 else 0)) + 8 * linear.outputs
+
+
+def _exported(shape: ModelShape, work: Work) -> int:
+    """The largest tensor, in blocks in float32: read, scaled, and what the adapter adds; 4-bit weights are de-quantised whole; and the block before."""
+    most = 0
+    adapted = [linear.name for linear in shape.linears] if work.lora_targets == "all-linear" else work.lora_targets
+    for linear in shape.linears:
+        block = min(linear.numbers, EXPORT_BLOCK)
+        size = (12 if linear.name in adapted else 8) * block + (4 * linear.numbers if work.quantization == "nf4" else 0)
+        most = max(most, size + (4 * block if linear.numbers > block else 0))
+    embedding = min(shape.vocab * shape.hidden, EXPORT_BLOCK)
+    return max(most, (8 if shape.vocab * shape.hidden == embedding else 12) * embedding)
+
+
+def _written(shape: ModelShape) -> int:
+    """numpy's: the largest tensor in float32 at most, and the sizes of a block's numbers."""
+    largest = max(shape.largest, shape.vocab * shape.hidden)
+    return 4 * largest + 4 * min(largest, EXPORT_BLOCK)
 
 
 def _directions(shape: ModelShape, work: Work, choice: Choice) -> Need:

@@ -12,7 +12,7 @@ from typing import Literal
 
 import psutil
 
-from localrl.allocator import expands
+from localrl.allocator import expands, under_wsl
 from localrl.memory.specs import BY_KEY, SPECS, Spec, key, slowest, spec_of
 from localrl.settings import UserError
 
@@ -27,6 +27,8 @@ FRAGMENTATION, FRAGMENTATION_OF_FIXED = 0.04, 0.13
 HEAP = 2.0
 """On a CPU, measured with glibc in the fullest phase: 0.4 to 2.0. Smaller ones keep what it has freed, and so have more, but never more than it."""
 BUDGET_MARGIN = 0.01
+PINNED_SHARE = {"wsl": 0.4, "linux": 0.8}
+"""Of the available memory. Windows lets a guest pin only part of it."""
 
 CARDS: Mapping[str, int] = MappingProxyType({name: spec.total for name, spec in SPECS.items()})
 """Total bytes of common cards. Where one name was sold with two sizes, the bare name is the smaller one."""
@@ -68,6 +70,8 @@ class Card:
     """Bytes a second; None: not known, or no card."""
     flops: float | None = None
     """A second, half precision with fp32 sums, dense; None as above."""
+    pinned: int | None = None
+    """Bytes of the host's memory that may be pinned for it; None: not known."""
     assumed: str | None = None
     """A size has no speed: the card whose bandwidth and FLOP/s stand here, the slowest common one of that size."""
 
@@ -85,7 +89,7 @@ class Card:
         if device == "cpu":
             return cls(name, total, total, device, Overheads.on(device))
         fast = spec or slowest(total)
-        return cls(name, total, usable_bytes(total), device, Overheads.on(device), fast.bandwidth, fast.flops, None if spec else fast.name)
+        return cls(name, total, usable_bytes(total), device, Overheads.on(device), fast.bandwidth, fast.flops, assumed=None if spec else fast.name)
 
     @classmethod
     def budget(cls, count: int, device: Device = "cpu") -> Card:
@@ -152,6 +156,11 @@ def machine_memory() -> tuple[int, int]:
     return available, total
 
 
+def pinnable() -> int:
+    """Bytes of this machine's available memory that a run may pin: a rule of thumb, since drivers name no limit before they refuse."""
+    return round(PINNED_SHARE["wsl" if under_wsl() else "linux"] * machine_memory()[0])
+
+
 def _this_machine() -> Card:
     available, total = machine_memory()
     return Card("this machine's memory", total, available, "cpu", Overheads.on("cpu"))
@@ -166,7 +175,7 @@ def _this_gpu() -> Card:
     # Asking made our own context, so `free` lacks it already, but not yet what bitsandbytes and Triton will load into it.
     name, usable = torch.cuda.get_device_name(), max(0, min(usable_bytes(total), free - CONTEXT // 2))
     spec = spec_of(name, total)
-    card = Card(name, total, usable, "cuda", Overheads.on("cuda"))
+    card = Card(name, total, usable, "cuda", Overheads.on("cuda"), pinned=pinnable())
     return card if spec is None else replace(card, bandwidth=spec.bandwidth, flops=spec.flops)
 
 

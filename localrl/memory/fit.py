@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from localrl.memory.cards import Device
 from localrl.memory.lines import Lines, Variables
 from localrl.memory.shape import ModelShape
 from localrl.memory.work import Choice, Work, micro_batch
@@ -19,11 +20,15 @@ PREFILL_TOKENS = 4096
 SAMPLED_AT_ONCE = 2**22
 """Logits that the sampler works on at once (`localrl.engines.sampling`)."""
 
+FOLD: Mapping[str, float] = {"cpu": 0.9, "cuda": 0.75}
+"""A wave that has become this part of itself, or less, lets go of the rows that are done (`localrl.engines.torch`)."""
+
 OWN_LOOP = ("llama", "mistral", "qwen2", "qwen3")
 """Families of `localrl.engines.decoder`; all others go through the model's own forward pass."""
 
-Part = Literal["loaded", "kept", "gradients", "scoring", "backward", "optimiser"]
-"""Of training: base and adapters; with the optimiser's state; with gradients; and the peaks of three phases."""
+Part = Literal["loaded", "kept", "gradients", "scoring", "first", "backward", "optimiser"]
+"""Of training: base and adapters; with the optimiser's state; with gradients; and the peaks of three phases, those of scoring and of backward
+with gradients there, but for the first backward pass of a step."""
 
 
 @dataclass(frozen=True)
@@ -63,24 +68,31 @@ def pass_variables(layers: int, tokens: int, read: int, chunk: int, tile: int) -
 def rollout_variables(shape: ModelShape, work: Work, choice: Choice) -> Variables:
     """Of the largest wave, its prompts shared as little as the run ever shares them."""
     rows = min(choice.concurrent, work.rollouts)
-    return wave_variables(shape.layers, shape.vocab, rows, prompts_in_wave(work, rows), work.max_prompt_length, work.max_completion_length, shape.window)
+    prompts, prompt, response = prompts_in_wave(work, rows), work.max_prompt_length, work.max_completion_length
+    return wave_variables(shape.layers, shape.vocab, rows, prompts, prompt, response, shape.window, work.device, shape.windowed_layers)
 
 
-def wave_variables(layers: int, vocab: int, rows: int, prompts: int, prompt: int, response: int, window: int | None) -> Variables:
-    """Of a wave of `rows` responses to `prompts` contexts."""
+def wave_variables(
+    layers: int, vocab: int, rows: int, prompts: int, prompt: int, response: int, window: int | None, device: Device, windowed: int = 0
+) -> Variables:
+    """Of a wave of `rows` responses to `prompts` contexts. `windowed`: layers that see no more than the `window`."""
     longest = prompt + response
     return {
-        "layers": layers, "rows": rows, "prompts": prompts, "prompt": prompt, "response": response, "longest": longest,
+        "layers": layers, "full": layers - windowed, "windowed": windowed,
+        "rows": rows, "prompts": prompts, "prompt": prompt, "response": response, "longest": longest,
         "joined": max(0, response - 2) // BLOCK * BLOCK,
+        "staying": int(FOLD[device] * rows),
         "at once": min(prompts, max(1, PREFILL_TOKENS // prompt)) * prompt,
         "sampled": min(rows, max(1, SAMPLED_AT_ONCE // vocab)),
-        "seen": min(longest, window) if window else longest,
+        "seen": min(longest, window) if window else longest, "kept": min(prompt, window) if window else prompt,
+        "normed": min(prompts * prompt, NORM_TOKENS),
     }  # fmt: skip
 
 
 def prompts_in_wave(work: Work, rows: int) -> int:
-    """Different prompts in a wave of that many rows, where they are shared least."""
-    return -(-rows // work.fewest_generations)
+    """Different prompts in a wave of that many rows, where they are shared least: waves need not begin where a group does."""
+    group = work.fewest_generations
+    return max(-(-(start % group + min(rows, work.rollouts - start)) // group) for start in range(0, min(work.rollouts, group * rows), rows))
 
 
 def shares_prompts(shape: ModelShape, work: Work) -> bool:

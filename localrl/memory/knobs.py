@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from localrl.memory.bill import bill, peaks
+from localrl.memory.bill import bill, on_host, peaks
 from localrl.memory.cards import Card, gib
 from localrl.memory.fit import Fits, Mode, training_variables
 from localrl.memory.shape import ModelShape
-from localrl.memory.work import Choice, DirectionKind, Phase, Work
+from localrl.memory.work import Choice, DirectionKind, Phase, Work, micro_batch
 
 HEAD_CHUNK = 1024
 """Long enough that multiplying, not reading the output layer, is what a chunk costs."""
@@ -81,8 +81,9 @@ class Search:
         return replace(choice, **{name: value for name, value in self.asked.items() if value is not None and name != "optimizer"})
 
     def fit(self, phase: Phase, choice: Choice) -> bool:
-        """Whether the phase fits with these knobs."""
-        return self.peaks(choice)[phase] <= self.card.usable
+        """Whether the phase fits with these knobs, what is pinned on the host included."""
+        inputs = sum(need.bytes for need in on_host(self.shape, self.work, choice) if phase in need.phases and "pinned" in need.name)
+        return self.peaks(choice)[phase] <= self.card.usable and (self.card.pinned is None or inputs <= self.card.pinned)
 
     def peaks(self, choice: Choice) -> dict[Phase, int]:
         """Bytes of each phase."""
@@ -128,25 +129,26 @@ def _head_chunk(search: Search, choice: Choice) -> dict[str, Chosen]:
 
 def _climb(search: Search, choice: Choice) -> dict[str, Chosen]:
     """The first rung on which a pass is as large as is of use; if there is none, the one with the largest pass."""
-    work, best = search.work, None
+    work, asked, best = search.work, search.asked.get("micro_batch_tokens"), None
+    step = work.rollouts * work.longest
+
+    def size(found: int) -> int:
+        """Passes are of one size, and of whole rows."""
+        return micro_batch(work, replace(choice, micro_batch_tokens=found))
+
     for rung in _rungs(search):
-        here = replace(choice, gradient_checkpointing=rung.gradient_checkpointing, mlp_tile=rung.mlp_tile, offload=rung.offload)
+        here = replace(choice, **vars(rung))
         goal, enough = _useful(search, here)
         if goal is None:
             continue
-        step = work.rollouts * work.longest
-        most = min(step, max(enough, work.longest))
-        asked = search.asked.get("micro_batch_tokens")
-        found = search.largest("micro_batch_tokens", work.longest, asked or most, here, "scoring", "backward")
-        if found is not None and (best is None or found > best[1]):
-            best = rung, found, most, step
-        if found is not None and found >= (asked or min(goal, most)):
+        most = asked or min(step, max(enough, work.longest))
+        found = search.largest("micro_batch_tokens", work.longest, most, here, "scoring", "backward")
+        if found is not None and (best is None or size(found) > size(best[1])):
+            best = rung, found, most
+        if found is not None and size(found) >= (size(most) if asked else min(goal, size(most))):
             break
-    if best is None:
-        last = list(_rungs(search))[-1]
-        best = last, work.longest, work.longest, work.longest
-    rung, found, most, step = best
-    return {**_why(search, rung, choice), "micro_batch_tokens": _size(search, found, most, step)}
+    rung, found, most = best or (_rungs(search)[-1], work.longest, work.longest)
+    return {**_why(search, rung), "micro_batch_tokens": (size(found), _enough(search, size(found), size(found) >= size(most), step))}
 
 
 def _rungs(search: Search) -> list[Rung]:
@@ -191,7 +193,7 @@ def _each(search: Search, choice: Choice) -> float:
     return max(1.0, (more - one) / search.work.longest) if search.work.rollouts > 1 else max(1.0, one / search.work.longest)
 
 
-def _why(search: Search, rung: Rung, choice: Choice) -> dict[str, Chosen]:
+def _why(search: Search, rung: Rung) -> dict[str, Chosen]:
     work = search.work
     on, off = (gib(round(search.shape.layers * work.longest * search.shape.hidden * work.compute_bytes * k)) for k in (1, 8))
     saves = "computing no layer twice saves up to a third of learning"
@@ -203,15 +205,16 @@ def _why(search: Search, rung: Rung, choice: Choice) -> dict[str, Chosen]:
     }  # fmt: skip
 
 
-def _size(search: Search, found: int, most: int, step: int) -> Chosen:
+def _enough(search: Search, size: int, most: bool, step: int) -> str:
     longest = search.work.longest
-    if found >= step:
-        return step, "a whole step at once"
-    if found == most:
-        on_cpu = "a larger pass is no faster on a CPU and takes more memory"
-        why = on_cpu if search.card.device == "cpu" else "a larger pass gains nothing: unpacking the weights is no longer what it waits for"
-        return found, why if found > longest else "one longest row at a time; " + why
-    return found, "the largest that fits, for few passes" if found > longest else "one longest row at a time"
+    if size >= step:
+        return "a whole step at once"
+    one = "one longest row at a time" if size == longest else ""
+    if not most:
+        return one or "the largest that fits, for few passes"
+    on_cpu = "a larger pass is no faster on a CPU and takes more memory"
+    why = on_cpu if search.card.device == "cpu" else "a larger pass gains nothing: unpacking the weights is no longer what it waits for"
+    return f"{one}; {why}" if one else why
 
 
 def _sampling(search: Search, choice: Choice) -> dict[str, Chosen]:

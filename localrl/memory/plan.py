@@ -14,7 +14,7 @@ from localrl.memory.cards import CARD_SHARE, CONTEXT, GIB, Card, gib
 from localrl.memory.fit import Fits
 from localrl.memory.knobs import Knob, Search, choose_all, largest
 from localrl.memory.shape import ModelShape
-from localrl.memory.work import PHASES, Choice, DirectionKind, Need, Phase, Work
+from localrl.memory.work import PHASES, Choice, DirectionKind, Need, Phase, Work, micro_batch
 from localrl.settings import UserError
 
 if TYPE_CHECKING:
@@ -150,14 +150,14 @@ class MemoryPlan:
         return "the machine" if self.card.device == "cpu" else "the card"
 
     def split(self, sequence_length: Tensor) -> list[Tensor]:
-        """The rows of each micro-batch, longest first, each row in exactly one; as few as hold `micro_batch_tokens` at most, but a longer row goes alone.
+        """The rows of each micro-batch, longest first, each row in exactly one; as few as hold no more than is planned for, but a longer row goes alone.
 
         sequence_length (B,) int64 -> int64 tensors on its device. Rows are laid end to end, so it is the sum of their lengths that counts, and
         rows of like length stand together.
         """
         order = sequence_length.argsort(descending=True, stable=True)
         lengths = sequence_length[order].tolist()
-        return [order[start:end] for start, end in packed(lengths, self.micro_batch_tokens)]
+        return [order[start:end] for start, end in packed(lengths, micro_batch(self.work, self.choice))]
 
     @property
     def unit(self) -> str:
@@ -285,7 +285,8 @@ def smallest_card(plan: MemoryPlan) -> int:
 
 def _try(old: MemoryPlan, new: MemoryPlan) -> str:
     """What was set and is another now: knobs that were left free are the plan's own affair."""
-    changes = {name: getattr(new, name) for name, value in old.asked.items() if value is not None and value != getattr(new, name)}
+    found = vars(new.choice)
+    changes = {name: found[name] for name, value in old.asked.items() if value is not None and value != found[name]}
     changes |= {name: value for name, value in asdict(new.work).items() if value != getattr(old.work, name)}
     told = " ".join(f"{SETTING[name]}={str(value).lower() if isinstance(value, bool) else value}" for name, value in changes.items())
     return f"try {told} ({gib(new.phases[new.worst])})"

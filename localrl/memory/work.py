@@ -100,9 +100,14 @@ class Choice:
     embedding_on_host: bool = False
 
 
+def passes(work: Work, choice: Choice) -> int:
+    """Micro-batches of a step whose rows are all as long as they may be: whole rows, as few as the knob allows."""
+    return -(-work.rollouts // max(1, min(choice.micro_batch_tokens // work.longest, work.rollouts)))
+
+
 def micro_batch(work: Work, choice: Choice) -> int:
-    """Tokens of the largest micro-batch: the knob, but at least the longest row and at most the whole step."""
-    return max(work.longest, min(choice.micro_batch_tokens, work.rollouts * work.longest))
+    """Tokens of the largest of them: they are of about one size. No micro-batch is ever larger, also where rows are shorter."""
+    return -(-work.rollouts // passes(work, choice)) * work.longest
 
 
 def adapter_count(shape: ModelShape, work: Work) -> int:

@@ -33,6 +33,7 @@ def make_optimizer(settings: OptimSettings, groups: Iterable[list[nn.Parameter]]
     }
     kinds: dict[str, Any] = {
         "adamw": partial(torch.optim.AdamW, fused=True),
+        "auto": partial(torch.optim.AdamW, fused=True),              # of a policy that no plan was made for
         "adamw_8bit": bnb.optim.AdamW8bit,
         "paged_adamw_8bit": bnb.optim.PagedAdamW8bit,
         "paged_adamw_32bit": bnb.optim.PagedAdamW32bit,

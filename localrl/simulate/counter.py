@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -23,8 +24,9 @@ from localrl.simulate.scratch import SCRATCH
 
 ALIKE = ("tokens of the head", "tokens of the head, back", "rows of the head", "norm", "norm, back", "tile", "tile, back")
 """Loops whose pieces leave nothing behind but numbers: of these the first and the last are enough, if all are of one size."""
+DEVICE: Any = torch.ops.prim.device.default
 Place = tuple[tuple[str, str], ...]
-"""Which loops an event lies in, and in which of their pieces: first, second, middle or last."""
+"""Which loops an event lies in, and in which of their pieces: first, second, middle, last but one or last."""
 
 
 class Event(NamedTuple):
@@ -34,6 +36,8 @@ class Event(NamedTuple):
     name: str
     live: int
     """Bytes at its fullest moment."""
+    owed: int = 0
+    """Of these, gradients that the pass under way has not added to yet: before the first pass they are not there."""
 
 
 class Counter(TorchDispatchMode):
@@ -49,6 +53,8 @@ class Counter(TorchDispatchMode):
         """Whether pieces in the middle are left out where they are like the last one."""
         self.counts: dict[str, int] = {}
         """Pieces of loops that do not count themselves."""
+        self.owed = 0
+        """Bytes of gradients that the pass under way has yet to add to."""
         self._counted: Counted[str] = Counted()
         self._place: dict[str, str] = {}
         self._known: dict[int, weakref.ref[Any]] = {}
@@ -90,7 +96,8 @@ class Counter(TorchDispatchMode):
             if loop in self._place:
                 del self._place[name]
         if number < count:
-            self._place[loop] = "first" if number == 0 else "last" if number == count - 1 else "second" if number == 1 else "middle"
+            ends = {0: "first", count - 1: "last"}
+            self._place[loop] = ends.get(number) or ("second" if number == 1 else "last but one" if number == count - 2 else "middle")
         return not self.skips or loop not in ALIKE or number in (0, count - 1)
 
     def peak_of(self, work: Callable[[], object]) -> int:
@@ -128,6 +135,8 @@ class Counter(TorchDispatchMode):
         self.now += size
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is DEVICE and isinstance(args[0], FakeTensor):       # more than half of all calls, and they make nothing
+            return args[0].fake_device
         before = self.now
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
@@ -138,5 +147,5 @@ class Counter(TorchDispatchMode):
         if live > before:
             self.peak = max(self.peak, live)
             if self.events is not None:
-                self.events.append(Event(tuple(self._place.items()), func._schema.name, live))
+                self.events.append(Event(tuple(self._place.items()), func._schema.name, live, self.owed))
         return out

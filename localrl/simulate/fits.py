@@ -11,7 +11,7 @@ import torch
 
 from localrl.config import Run
 from localrl.devices import Kind
-from localrl.memory.fit import Mode, pass_variables, wave_variables
+from localrl.memory.fit import SAMPLED_AT_ONCE, Mode, pass_variables, wave_variables
 from localrl.memory.lines import Feature, Lines, Variables
 from localrl.simulate.counter import Event
 from localrl.simulate.phases import Pass, Rehearsal, WaveOf
@@ -23,36 +23,39 @@ TILED: tuple[Feature, ...] = (("tile",),)
 """Of the MLP."""
 LASTING: tuple[Feature, ...] = ((), ("layers",))
 ROLLOUT: tuple[Feature, ...] = (
-    (), ("at once",), ("prompts", "prompt"), ("prompts",), ("rows",), ("rows", "prompt"), ("rows", "joined"), ("rows", "response"), ("longest",),
-    ("layers",), ("layers", "prompts", "prompt"), ("layers", "rows"), ("layers", "rows", "joined"), ("layers", "rows", "response"),
+    (), ("at once",), ("prompts", "prompt"), ("prompts",), ("rows",), ("rows", "prompt"), ("rows", "joined"), ("rows", "response"), ("longest",), ("staying",),
+    ("staying", "joined"), ("layers",), ("layers", "prompts", "prompt"), ("layers", "rows"), ("layers", "rows", "joined"), ("layers", "rows", "response"),
+    ("sampled",),
 )  # fmt: skip
 OWN_FORWARD: tuple[Feature, ...] = (
-    (), ("prompts", "prompt"), ("prompts",), ("rows",), ("rows", "prompt"), ("rows", "response"), ("longest",), ("layers",), ("layers", "rows"),
-    ("layers", "rows", "longest"), ("layers", "prompts", "prompt"), ("rows", "seen"), ("layers", "rows", "seen"),
+    (), ("prompts", "prompt"), ("prompts",), ("rows",), ("rows", "prompt"), ("rows", "response"), ("longest",), ("rows", "seen"),
+    ("prompts", "prompt", "prompt"), ("normed",), ("sampled",),
+    ("full",), ("windowed",), ("full", "rows"), ("full", "rows", "longest"), ("full", "prompts", "prompt"),
+    ("windowed", "rows"), ("windowed", "rows", "seen"), ("windowed", "prompts", "kept"),
 )  # fmt: skip
 """Through a model's own forward pass, which lets layers with a window forget."""
 Points = list[tuple[Variables, list[Event]]]
 
 
-def training_lines(config: Any, run: Run, dtype: torch.dtype, device: Kind, mode: Mode, length: int | None) -> dict[str, Lines]:
-    """Peaks of scoring, backward and the optimiser's step, and what lasts. `length`: of a row, where it decides what is done."""
-    few, more = (4, 5) if mode.offload else (2, 3)                  # inputs on their way: the first layers are not like the others
-    base: dict[str, int] = {"layers": few, "tokens": 1024, "read": 256, "chunk": 128, "tile": 512 if mode.tiled else 0}
-    changes: list[dict[str, int]] = [{}, {"layers": more}, {"tokens": 1536}, {"layers": more, "tokens": 1536}, {"read": 384}, {"chunk": 192, "read": 384},
-                                     {"tokens": 384, "tile": 192 if mode.tiled else 0}]
-    changes += [{"tile": 768, "tokens": 1536}] if mode.tiled else []
+def training_lines(config: Any, run: Run, dtype: torch.dtype, device: Kind, mode: Mode, row: int | None = None) -> dict[str, Lines]:
+    """Peaks of scoring, backward and the optimiser's step, and what lasts. `row`: tokens of every row, a multiple of 4, where that decides what is done.
+
+    Scoring and backward are counted with gradients there, "first" is a backward pass that makes them."""
+    few, more = (4, 5) if mode.offload else (3, 4) if _windowed(config) else (2, 3)      # the first layers must be like those between
+    changes = _design(few, more, mode.tiled, row)
     rehearsals = {layers: _ready(config, run, dtype, device, mode, layers) for layers in (few, more)}
-    points: dict[str, Points] = {"scoring": [], "backward": []}
+    points: dict[str, Points] = {"scoring": [], "backward": [], "first": []}
     columns = rehearsals[few].algorithm.reads_before or frozenset({"logp"})
-    for change in changes:
-        point = {**base, **change}
+    for point in changes:
         rehearsal = rehearsals[point["layers"]]
         rehearsal.counter.skips = True
         rehearsal.turn(head_chunk=point["chunk"], mlp_tile=point["tile"])
-        work = Pass(2, (point["tokens"] - point["read"]) // 2, point["read"] // 2)
+        rows = point["tokens"] // row if row else 2
+        work = Pass(rows, (point["tokens"] - point["read"]) // rows, point["read"] // rows)
         at = pass_variables(point["layers"], point["tokens"], point["read"], point["chunk"], point["tile"])
         points["scoring"].append((at, rehearsal.scoring(work, columns).events))
         points["backward"].append((at, rehearsal.backward(work).events))
+        points["first"].append((at, [event._replace(live=event.live - event.owed) for event in points["backward"][-1][1]]))
     features = TRAINING + TILED if mode.tiled else TRAINING
     lines = {name: lines_of(found, features, partial(_any_pass, tiled=mode.tiled)) for name, found in points.items()}
     updates = [({"layers": layers}, rehearsal.update().peak) for layers, rehearsal in rehearsals.items()]
@@ -65,6 +68,25 @@ def training_lines(config: Any, run: Run, dtype: torch.dtype, device: Kind, mode
     return lines | {name: straight(found, LASTING) for name, found in lasting.items()}
 
 
+def _design(few: int, more: int, tiled: bool, row: int | None) -> list[dict[str, int]]:
+    """Passes that differ in one thing at a time. All tiles and chunks are of one size, and two rows of each pass as long as asked."""
+    unit, rest = (row, row // 4) if row else (256, 64)
+    base = {"layers": few, "tokens": 4 * unit, "read": 4 * rest, "chunk": 2 * rest, "tile": 2 * unit if tiled else 0}
+    short = 2 * unit if row else 3 * unit // 2                       # fewer than a norm takes at a time
+    few_tokens = {"tokens": short, "read": 4 * rest, "tile": short // 2 if tiled else 0}
+    changes: list[dict[str, int]] = [
+        {}, {"layers": more}, {"tokens": 6 * unit, "read": 6 * rest}, {"layers": more, "tokens": 6 * unit, "read": 6 * rest}, {"read": 8 * rest},
+        {"chunk": 4 * rest, "read": 8 * rest}, few_tokens,
+    ]  # fmt: skip
+    changes += [{"tile": 3 * unit, "tokens": 6 * unit, "read": 6 * rest}] if tiled else []
+    return [{**base, **change} for change in changes]
+
+
+def _windowed(config: Any) -> bool:
+    """Whether layers are of two kinds."""
+    return len(set(getattr(config.get_text_config(), "layer_types", None) or [""])) > 1
+
+
 def _ready(config: Any, run: Run, dtype: torch.dtype, device: Kind, mode: Mode, layers: int) -> Rehearsal:
     rehearsal = Rehearsal(cut(config, layers), run, dtype, device, checkpointing=mode.gradient_checkpointing, offload=mode.offload)
     rehearsal.make_gradients()
@@ -72,38 +94,86 @@ def _ready(config: Any, run: Run, dtype: torch.dtype, device: Kind, mode: Mode, 
 
 
 def _any_pass(draw: np.random.Generator, tiled: bool) -> Variables:
-    tokens = int(np.exp(draw.uniform(np.log(64), np.log(300_000))))
+    tokens = _any(draw, 8, 300_000)
     read = max(1, int(tokens * draw.uniform(0.02, 1)))
-    return pass_variables(int(draw.integers(2, 120)), tokens, read, 2 ** int(draw.integers(4, 12)), 2 ** int(draw.integers(8, 14)) if tiled else 0)
+    return pass_variables(_any(draw, 1, 120), tokens, read, 2 ** int(draw.integers(0, 12)), 2 ** int(draw.integers(4, 14)) if tiled else 0)
 
 
-def rollout_lines(config: Any, run: Run, dtype: torch.dtype, device: Kind, kv_cache: Literal["full", "int8"], own: bool) -> Lines:
-    """Peaks of a wave. `own`: by the engine's own decoder."""
-    rehearsals = {layers: Rehearsal(cut(config, layers), run, dtype, device, checkpointing=True) for layers in (2, 3)}
+def _any(draw: np.random.Generator, low: int, high: int) -> int:
+    """Small ones as often as large ones: each of the lines is the largest somewhere, some of them only where there is little to do."""
+    return round(float(np.exp(draw.uniform(np.log(low), np.log(high)))))
+
+
+def rollout_lines(
+    config: Any, run: Run, dtype: torch.dtype, device: Kind, kv_cache: Literal["full", "int8"], own: bool, passed: tuple[bool, bool] | None = None
+) -> Lines:
+    """Peaks of a wave. `own`: by the engine's own decoder; else `passed`: whether prompts are longer than the window, and whole rows."""
     vocab, window = config.get_text_config().vocab_size, getattr(config.get_text_config(), "sliding_window", None)
     draw, features = np.random.default_rng(1), ROLLOUT if own else OWN_FORWARD
+    kinds = _layer_counts(config) if not own else ((2, 0), (3, 0))
+    features = tuple(f for f in features if own or not ({"full", "windowed"} & set(f)) or _told(f, kinds))
+    rehearsals = {kind: Rehearsal(cut(config, sum(kind), kind[1] if not own else None), run, dtype, device, checkpointing=True) for kind in kinds}
+    with_layers = sum(bool({"layers", "full", "windowed"} & set(feature)) for feature in features)
+    waves = [_a_wave(draw, vocab if number < 2 else None, window, passed) for number in range(len(features) - with_layers + 3)]
     points: Points = []
-    while len(points) < len(features) + 5:
-        prompts, each = int(draw.integers(1, 7)), int(draw.integers(1, 9))
-        prompt, response = (int(np.exp(draw.uniform(np.log(40), np.log(4000)))) for _ in range(2))
-        wave = WaveOf(prompts * each, prompts, prompt, response)
-        layers = 2 + len(points) % 2
-        variables = wave_variables(layers, vocab, wave.rows, prompts, prompt, response, window)
-        points.append((variables, rehearsals[layers].rollout(wave, kv_cache).events))
+    for kind in kinds:
+        rehearsal = rehearsals[kind]
+        state = rehearsal.kept - rehearsal.loaded                    # of the optimiser: no part of a wave
+        for wave in waves if kind == kinds[0] else waves[: with_layers + 1]:
+            events = [event._replace(live=event.live - state) for event in rehearsal.rollout(wave, kv_cache).events]
+            variables = wave_variables(sum(kind), vocab, wave.rows, wave.prompts, wave.prompt, wave.response, window, device, kind[1])
+            points.append((variables, events))
 
     def box(draw: np.random.Generator) -> Variables:
-        prompts, each = int(draw.integers(1, 64)), int(draw.integers(1, 64))
-        prompt, response = (int(np.exp(draw.uniform(np.log(16), np.log(40_000)))) for _ in range(2))
-        return wave_variables(int(draw.integers(2, 120)), vocab, prompts * each, prompts, prompt, response, window)
+        wave = _sized(draw, _any(draw, 1, 64), _any(draw, 1, 64), (1, 40_000), window, passed)
+        full, windowed = (_any(draw, 1, 120) if any(kind[i] for kind in kinds) else 0 for i in (0, 1))
+        return wave_variables(full + windowed, vocab, wave.rows, wave.prompts, wave.prompt, wave.response, window, device, windowed)
 
     return lines_of(points, features, box)
 
 
-def cut(config: Any, layers: int) -> Any:
-    """The same model with fewer layers."""
+def _layer_counts(config: Any) -> tuple[tuple[int, int], ...]:
+    """(full, windowed) layers of the models that are simulated: of each kind that the config has, once two and once three."""
+    text = config.get_text_config()
+    kinds = {name == "sliding_attention" for name in getattr(text, "layer_types", None) or [""]}
+    if kinds == {False} and getattr(text, "sliding_window", None) and not getattr(text, "layer_types", None):
+        kinds = {True}                                               # no list of kinds: all layers have the window
+    return ((1, 1), (2, 1), (1, 2)) if len(kinds) > 1 else ((0, 2), (0, 3)) if True in kinds else ((2, 0), (3, 0))
+
+
+def _told(feature: Feature, kinds: tuple[tuple[int, int], ...]) -> bool:
+    return any(kind[0] for kind in kinds) if "full" in feature else any(kind[1] for kind in kinds)
+
+
+def _a_wave(draw: np.random.Generator, vocab: int | None, window: int | None, passed: tuple[bool, bool] | None) -> WaveOf:
+    """Groups of two at least: one row for each prompt does less. `vocab`: of more rows than are sampled at once."""
+    prompts, each = int(draw.integers(1, 5)), int(draw.integers(2, 9))
+    each += min(2048, SAMPLED_AT_ONCE // vocab) // prompts if vocab else 0
+    return _sized(draw, prompts, each, (40, 4000), window, passed)
+
+
+def _sized(draw: np.random.Generator, prompts: int, each: int, sizes: tuple[int, int], window: int | None, passed: tuple[bool, bool] | None) -> WaveOf:
+    """Prompts and responses of any length, on the asked sides of the window."""
+    prompt, response = (_any(draw, *sizes) for _ in range(2))
+    if window and passed is not None:
+        if passed[0]:
+            prompt += window
+        elif passed[1]:
+            prompt, response = min(prompt, window), response + window
+        else:
+            prompt = max(1, min(prompt, int(draw.integers(1, window))))
+            response = max(1, min(response, window - prompt))
+    return WaveOf(prompts * each, prompts, prompt, response)
+
+
+def cut(config: Any, layers: int, windowed: int | None = None) -> Any:
+    """The same model with fewer layers; of two kinds, all but the last are windowed, or as many as told."""
     config = copy.deepcopy(config)
     config.num_hidden_layers = layers
-    if getattr(config, "layer_types", None):
-        kinds = list(config.layer_types)
-        config.layer_types = (kinds * layers)[:layers]
+    if getattr(config, "no_rope_layers", None):                      # an entry for every layer
+        config.no_rope_layers = (list(config.no_rope_layers) * layers)[:layers]
+    if kinds := getattr(config, "layer_types", None):
+        count = (layers - 1 if len(set(kinds)) > 1 else layers * ("sliding_attention" in kinds)) if windowed is None else windowed
+        full = next((kind for kind in kinds if kind != "sliding_attention"), "full_attention")
+        config.layer_types = ["sliding_attention"] * count + [full] * (layers - count)
     return config

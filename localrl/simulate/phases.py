@@ -95,6 +95,8 @@ class Rehearsal:
                 self.policy = Policy(model, None, run, checkpointing=checkpointing, head_chunk=256, offload=offload)
         self.kept = self.gradients = self.counter.now
         self._watch_layers(model.get_base_model().get_decoder().layers)
+        for _, parameter in self.policy.trainable():
+            parameter.register_post_accumulate_grad_hook(self._paid)
 
     def turn(self, *, head_chunk: int, mlp_tile: int) -> None:
         """Set the knobs that change sizes only."""
@@ -102,9 +104,14 @@ class Rehearsal:
         make_lean(self.policy.model, mlp_tile)
 
     def make_gradients(self) -> None:
-        """A first micro-batch, after which gradients are there."""
-        self.backward(Pass(2, 8, 8))
+        """As a first micro-batch leaves them."""
+        with self.mode, self.counter:
+            for _, parameter in self.policy.trainable():
+                parameter.grad = torch.zeros_like(parameter)
         self.gradients = self.counter.now
+
+    def _paid(self, parameter: Tensor) -> None:
+        self.counter.owed -= parameter.nbytes
 
     def _watch_layers(self, layers: Any) -> None:
         """Layers are no loop of ours: their hooks tell. When the backward pass computes them again (the last one first), our checkpointing does."""
@@ -132,7 +139,7 @@ class Rehearsal:
         credit = self.algorithm.credit(batch, Readout(*[torch.zeros(batch.mask.shape)] * 5))
         share = token_mean(batch.fresh)
         with self.mode, self.counter, pretending(self.device), self.counter.holding(batch.tensors), self.counter.recording() as events:
-            start = self.counter.now
+            start, self.counter.owed = self.counter.now, sum(p.nbytes for _, p in self.policy.trainable() if p.grad is not None)
             for columns in watched("reading", self.algorithm.readings):
                 one_reading(self.algorithm, self.policy, batch, credit, share, columns, rows)
         return Trace(events, start, self.counter.peak)

@@ -7,6 +7,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping
+from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -44,9 +45,10 @@ class Simulated:
         def simulate(run: Run) -> dict[str, Lines]:
             from localrl.simulate.fits import training_lines
 
-            return training_lines(self.config, run, self.dtype, self.device, mode, self._longest(work))
+            return training_lines(self.config, run, self.dtype, self.device, mode, row)
 
-        about = {**vars(mode), **_algorithm(self.run), "optimizer": work.optimizer, "critic": work.critic, "length": self._longest(work)}
+        row = self._row(work)
+        about = {**vars(mode), "reads": _reads(self.run), "optimizer": work.optimizer, **({"row": row} if row else {})}
         return self._lines(work, "training", about, simulate)  # type: ignore[return-value]
 
     def rollout(self, work: Work, kv_cache: Literal["full", "int8"]) -> Lines:
@@ -55,16 +57,20 @@ class Simulated:
         def simulate(run: Run) -> dict[str, Lines]:
             from localrl.simulate.fits import rollout_lines
 
-            return {"rollout": rollout_lines(self.config, run, self.dtype, self.device, kv_cache, own)}
+            return {"rollout": rollout_lines(self.config, run, self.dtype, self.device, kv_cache, own, passed)}
 
         own = shares_prompts(self.shape, work)
-        about = {"kv_cache": kv_cache, "unpacked": work.unpacked, "truncated": work.truncated, "own": own, "greedy": self.run.rollout.temperature == 0}
+        window = self.shape.window
+        passed = None if own or not window else (work.max_prompt_length > window, work.longest > window)
+        greedy = self.run.rollout.temperature == 0
+        about: dict[str, Any] = {"kv_cache": kv_cache, "unpacked": work.unpacked, "truncated": work.truncated, "own": own, "greedy": greedy}
+        about |= {"passed": passed, "window": window} if passed else {}
         return self._lines(work, "rollout", about, simulate)["rollout"]
 
-    def _longest(self, work: Work) -> int | None:
-        """Where the length of a row changes what is done, not only how much of it: attention with scores of its own, or a window that is passed."""
+    def _row(self, work: Work) -> int | None:
+        """Tokens of a row, where its length decides what attention does and not only how much of it: scores of its own, or a window that is passed."""
         shape = self.shape
-        return work.longest if shape.eager or (shape.window and work.longest > shape.window) else None
+        return -(-work.longest // 4) * 4 if shape.eager or (shape.window and work.longest > shape.window) else None
 
     def _lines(self, work: Work, what: str, about: Mapping[str, Any], simulate: Callable[[Run], dict[str, Lines]]) -> dict[str, Lines]:
         key = self._key(work, what, about)
@@ -79,13 +85,17 @@ class Simulated:
         return lines
 
     def _key(self, work: Work, what: str, about: Mapping[str, Any]) -> str:
-        config = {name: value for name, value in self.config.to_dict().items() if name not in NOT_SIZES}
-        targets = work.lora_targets if isinstance(work.lora_targets, str) else sorted(work.lora_targets)
         told = {
-            "config": config, "what": what, "about": dict(about), "quantization": work.quantization, "dtype": str(self.dtype), "device": self.device,
-            "r": work.lora_r, "targets": targets, "version": VERSION, "libraries": {name: _minor(version(name)) for name in LIBRARIES},
+            "model": self._model, "what": what, "about": dict(about), "quantization": work.quantization, "dtype": str(self.dtype), "device": self.device,
+            "r": work.lora_r, "targets": sorted(set(_targets(work))), "critic": work.critic, "version": VERSION, "libraries": _libraries(),
         }  # fmt: skip
         return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:24]
+
+    @cached_property
+    def _model(self) -> str:
+        """What decides a layer's tensors, as text."""
+        known = {name: value for name, value in self.config.to_dict().items() if name not in NOT_SIZES}
+        return json.dumps(known, sort_keys=True, default=str)
 
 
 def shipped() -> Path:
@@ -93,26 +103,31 @@ def shipped() -> Path:
     return preset_folder() / "lines"
 
 
-def _algorithm(run: Run) -> dict[str, Any]:
-    """What decides the columns that training keeps."""
+def _reads(run: Run) -> list[list[str]]:
+    """What training keeps of a pass: columns read before learning, then those of each reading. Algorithms that read the same need the same, to 0.01 %;
+    an entropy or a log-sum-exp rides along with the log-probability."""
     algorithm = run.algorithm.for_sampler(exact=run.own_samples)
-    reads = [sorted(columns) for columns in (algorithm.reads_before, *algorithm.readings)]
-    return {"algorithm": algorithm.name, "reads": reads, "rewards": len(run.rewards.functions)}
+    return [sorted(set(columns or {"logp"}) - {"entropy", "lse"}) for columns in (algorithm.reads_before, *algorithm.readings)]
+
+
+def _targets(work: Work) -> tuple[str, ...]:
+    return (work.lora_targets,) if isinstance(work.lora_targets, str) else work.lora_targets
 
 
 def _as_asked(run: Run, work: Work) -> Run:
     """The run with what a plan may have changed."""
-    targets = work.lora_targets if isinstance(work.lora_targets, str) else tuple(work.lora_targets)
     return run.model_copy(update={
         "model": run.model.model_copy(update={"quantization": work.quantization}),
         "optim": run.optim.model_copy(update={"optimizer": work.optimizer}),
-        "adapter": run.adapter.model_copy(update={"lora_r": work.lora_r, "lora_target_modules": targets}),
+        "adapter": run.adapter.model_copy(update={"lora_r": work.lora_r, "lora_target_modules": work.lora_targets}),
         "rollout": run.rollout.model_copy(update={"weights": "unpacked" if work.unpacked else "live"}),
     })  # fmt: skip
 
 
-def _minor(name: str) -> str:
-    return ".".join(name.split("+")[0].split(".")[:2])
+@cache
+def _libraries() -> Mapping[str, str]:
+    """Their minor versions: what decides which tensors there are."""
+    return {name: ".".join(version(name).split("+")[0].split(".")[:2]) for name in LIBRARIES}
 
 
 def _read(key: str) -> dict[str, Lines] | None:

@@ -1,8 +1,47 @@
-"""What kernels allocate and free inside one operator, by device and operator: (arguments, result) -> bytes."""
+"""What kernels allocate and free inside one operator, by device and operator: (arguments, result) -> bytes.
+
+A simulation sees what operators return, not what they need while they work. Those of "cpu" are measured (torch.profiler's memory events,
+`bench/memory/truth.py`). Those of "cuda" are read from the kernels' sources and NOT MEASURED: simulated attention is the CPU's operator, whose
+results are the CUDA kernel's too (the output, and a float32 log-sum-exp for each row), so what that kernel needs hangs on the same name.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
-SCRATCH: Mapping[str, Callable[[Any, Any], int]] = {}
+Scratch = Callable[[Any, Any], int]
+FUSED_ROWS = 32
+"""Rows up to which bitsandbytes multiplies 4-bit weights on a GPU without unpacking them (4060 Ti, query and output projection; others differ)."""
+
+
+def _update_8bit(args: Any, out: Any) -> int:
+    """Both moments in fp32, and three more of the gradient's size (the second argument) on the way to the step."""
+    return 20 * int(args[1].numel())
+
+
+def _unpacked(args: Any, out: Any) -> int:
+    """The weight in the input's type, and a float32 scale for every 64 of its numbers. Arguments: input, packed weight, shape of the weight, ..."""
+    count = int(args[2][0] * args[2][1])
+    return count * int(args[0].dtype.itemsize) + count // 16
+
+
+def _unpacked_where_many(args: Any, out: Any) -> int:
+    return _unpacked(args, out) if args[0].numel() // args[0].shape[-1] > FUSED_ROWS else 0
+
+
+def _flash_backward(args: Any, out: Any) -> int:
+    """Arguments: gradient, query (B, Hq, S, D), key (B, Hkv, S, D), ...: the query's gradient in fp32 and a number a row, both of 128 rows at a time;
+    with shared keys, gradients of keys and values for every query head, summed afterwards."""
+    batch, heads, length, width = args[1].shape
+    rows = batch * heads * (-(-length // 128) * 128)
+    shared = 2 * batch * heads * args[2].shape[2] * width * args[2].dtype.itemsize if args[2].shape[1] != heads else 0
+    return int(4 * rows * (-(-width // 32) * 32) + 4 * rows + shared)
+
+
+SCRATCH: Mapping[str, Scratch] = {
+    "cpu:bitsandbytes::optimizer_update_8bit_blockwise": _update_8bit,
+    "cpu:bitsandbytes::gemm_4bit": _unpacked,
+    "cuda:bitsandbytes::gemm_4bit": _unpacked_where_many,
+    "cuda:aten::_scaled_dot_product_flash_attention_for_cpu_backward": _flash_backward,
+}

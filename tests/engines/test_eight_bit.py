@@ -15,7 +15,7 @@ from localrl.engines.cache import BLOCK, Cache, Shape
 from localrl.engines.decoder import Decoder
 from localrl.engines.store import EightBit, Full, rounded
 from localrl.engines.torch import TorchEngine
-from localrl.policy.load import DEMO_MODEL
+from localrl.policy.place import DEMO_MODEL
 from localrl.settings import UserError
 from tests.engines.models import load, requests, sampling
 from tests.engines.test_decoder import stepped

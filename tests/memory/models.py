@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+from functools import cache
 from typing import Any
 
-from localrl.memory.plan import MemoryPlan, make_plan
+import torch
+
+from localrl.config import load_run
+from localrl.memory.cards import Card
+from localrl.memory.plan import MemoryPlan
 from localrl.memory.shape import ModelShape
+from localrl.planning import model_config, plan_on
 
 
 def _shape(kind: str, hidden: int, ffn: int, layers: int, heads: int, kv_heads: int, head_dim: int, vocab: int, **more: Any) -> ModelShape:
@@ -28,16 +34,18 @@ MODELS = {
 }
 
 
-def untied(shape: ModelShape) -> ModelShape:
-    """The same with an output layer of its own."""
-    return replace(shape, tied=False, other=shape.other + shape.vocab * shape.hidden) if shape.tied else shape
+@cache
+def config_of(preset: str, layers: int | None = None) -> Any:
+    """The transformers config of a preset's model, with more or fewer layers."""
+    config = model_config(load_run(preset))
+    if layers is not None:
+        config.num_hidden_layers = layers
+        config.layer_types = None if getattr(config, "layer_types", None) is None else (config.layer_types * layers)[:layers]
+    return config
 
 
-def a_plan(shape: ModelShape, **changes: Any) -> MemoryPlan:
-    """An ordinary run of that model on a card of 16 GiB, but for what is changed."""
-    usual = {
-        "card_bytes": "16GiB", "quantization": "nf4", "compute_bytes": 2, "lora_r": 16, "lora_targets": "all-linear", "critic": False,
-        "optimizer": "adamw_8bit", "prompts_per_step": 8, "num_generations": 8, "max_prompt_length": 512, "max_completion_length": 1536,
-        "fewest_generations": 8,
-    }  # fmt: skip
-    return make_plan(shape, **{**usual, **changes})
+def a_plan(card: str | Card = "16GiB", preset: str = "qwen3-8b-16gb", layers: int | None = None, **changes: Any) -> MemoryPlan:
+    """A preset's run on a card, but for what is changed: memory__offload=True. Its lines travel with the presets, so that little is simulated."""
+    run = load_run(preset, None, [f"{name.replace('__', '.')}={json.dumps(value)}" for name, value in changes.items() if value is not None])
+    place = Card.of(card, "cuda") if isinstance(card, str) else card
+    return plan_on(run, config_of(preset, layers), place, torch.bfloat16 if place.device == "cuda" else torch.float32)
