@@ -26,7 +26,7 @@ from localrl.config import build
 from localrl.engines.torch import TorchEngine
 from localrl.interrupt import Interrupts
 from localrl.memory.cards import Card
-from localrl.memory.plan import MemoryPlan
+from localrl.memory.plan import packed
 from localrl.metrics import Clock, Metrics
 from localrl.oom import Limits, OutOfMemory, attempt, out_of_memory
 from localrl.policy.optim import make_optimizer, take_step
@@ -127,6 +127,12 @@ class Bench:
         return {k: v for k, v in metrics.items() if not k.startswith(WORK) or k == "memory/oom_retries"}, rollouts
 
 
+def cut_up(sequence_length: Tensor, most: int) -> list[Tensor]:
+    """As `MemoryPlan.split` does it, without a plan."""
+    order = sequence_length.argsort(descending=True, stable=True)
+    return [order[start:end] for start, end in packed(sequence_length[order].tolist(), most)]
+
+
 def a_bench(make_model: Callable[..., Path], case: dict[str, Any], **knobs: Any) -> Bench:
     folder = make_model("llama", **SMALL)
     values: dict[str, Any] = {
@@ -148,7 +154,7 @@ def a_bench(make_model: Callable[..., Path], case: dict[str, Any], **knobs: Any)
     directions = algorithm.directions(rewards.weights)
     kind = "float32" if run.memory.directions == "auto" else run.memory.directions
     plan: Any = SimpleNamespace(micro_batch_tokens=told["micro_batch_tokens"], phases={}, card=Card.of("16GiB", "cpu"))    # what the loop asks of it
-    plan.split = partial(MemoryPlan.split, plan)
+    plan.split = partial(cut_up, most=told["micro_batch_tokens"])
     policy = Policy.create(
         run, critic="value" in columns, checkpointing=told["gradient_checkpointing"], head_chunk=told["head_chunk"], directions=directions, kept_as=kind,
     )  # fmt: skip

@@ -84,8 +84,6 @@ def wave_variables(
         "staying": int(FOLD[device] * rows),
         "at once": min(prompts, max(1, PREFILL_TOKENS // prompt)) * prompt,
         "sampled": min(rows, max(1, SAMPLED_AT_ONCE // vocab)),
-        "seen": min(longest, window) if window else longest, "kept": min(prompt, window) if window else prompt,
-        "normed": min(prompts * prompt, NORM_TOKENS),
     }  # fmt: skip
 
 

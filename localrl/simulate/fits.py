@@ -28,12 +28,9 @@ ROLLOUT: tuple[Feature, ...] = (
     ("sampled",),
 )  # fmt: skip
 OWN_FORWARD: tuple[Feature, ...] = (
-    (), ("prompts", "prompt"), ("prompts",), ("rows",), ("rows", "prompt"), ("rows", "response"), ("longest",), ("rows", "seen"),
-    ("prompts", "prompt", "prompt"), ("normed",), ("sampled",),
-    ("full",), ("windowed",), ("full", "rows"), ("full", "rows", "longest"), ("full", "prompts", "prompt"),
-    ("windowed", "rows"), ("windowed", "rows", "seen"), ("windowed", "prompts", "kept"),
+    (), ("rows",), ("prompts",), ("sampled",), ("full",), ("full", "rows"), ("full", "prompts"), ("windowed",), ("windowed", "rows"), ("windowed", "prompts"),
 )  # fmt: skip
-"""Through a model's own forward pass, which lets layers with a window forget."""
+"""Through a model's own forward pass, for prompts and responses of given lengths: masks grow with their square, windows forget."""
 Points = list[tuple[Variables, list[Event]]]
 
 
@@ -105,16 +102,15 @@ def _any(draw: np.random.Generator, low: int, high: int) -> int:
 
 
 def rollout_lines(
-    config: Any, run: Run, dtype: torch.dtype, device: Kind, kv_cache: Literal["full", "int8"], own: bool, passed: tuple[bool, bool] | None = None
+    config: Any, run: Run, dtype: torch.dtype, device: Kind, kv_cache: Literal["full", "int8"], lengths: tuple[int, int] | None = None
 ) -> Lines:
-    """Peaks of a wave. `own`: by the engine's own decoder; else `passed`: whether prompts are longer than the window, and whole rows."""
+    """Peaks of a wave. `lengths`: of prompts and responses, through the model's own forward pass; None: any, by the engine's own decoder."""
     vocab, window = config.get_text_config().vocab_size, getattr(config.get_text_config(), "sliding_window", None)
-    draw, features = np.random.default_rng(1), ROLLOUT if own else OWN_FORWARD
-    kinds = _layer_counts(config) if not own else ((2, 0), (3, 0))
-    features = tuple(f for f in features if own or not ({"full", "windowed"} & set(f)) or _told(f, kinds))
-    rehearsals = {kind: Rehearsal(cut(config, sum(kind), kind[1] if not own else None), run, dtype, device, checkpointing=True) for kind in kinds}
-    with_layers = sum(bool({"layers", "full", "windowed"} & set(feature)) for feature in features)
-    waves = [_a_wave(draw, vocab if number < 2 else None, window, passed) for number in range(len(features) - with_layers + 3)]
+    kinds = _layer_counts(config) if lengths else ((2, 0), (3, 0))
+    features = tuple(f for f in OWN_FORWARD if _told(f, kinds)) if lengths else ROLLOUT
+    rehearsals = {kind: Rehearsal(cut(config, sum(kind), kind[1] if lengths else None), run, dtype, device, checkpointing=True) for kind in kinds}
+    with_layers, draw = sum(bool({"layers", "full", "windowed"} & set(feature)) for feature in features), np.random.default_rng(1)
+    waves = [_a_wave(draw, vocab if number < 2 else None, lengths) for number in range(len(features) - with_layers + 1)]
     points: Points = []
     for kind in kinds:
         rehearsal = rehearsals[kind]
@@ -125,9 +121,10 @@ def rollout_lines(
             points.append((variables, events))
 
     def box(draw: np.random.Generator) -> Variables:
-        wave = _sized(draw, _any(draw, 1, 64), _any(draw, 1, 64), (1, 40_000), window, passed)
+        prompts, each = _any(draw, 1, 64), _any(draw, 1, 64)
+        prompt, response = lengths or (_any(draw, 1, 40_000), _any(draw, 1, 40_000))
         full, windowed = (_any(draw, 1, 120) if any(kind[i] for kind in kinds) else 0 for i in (0, 1))
-        return wave_variables(full + windowed, vocab, wave.rows, wave.prompts, wave.prompt, wave.response, window, device, windowed)
+        return wave_variables(full + windowed, vocab, prompts * each, prompts, prompt, response, window, device, windowed)
 
     return lines_of(points, features, box)
 
@@ -142,27 +139,15 @@ def _layer_counts(config: Any) -> tuple[tuple[int, int], ...]:
 
 
 def _told(feature: Feature, kinds: tuple[tuple[int, int], ...]) -> bool:
-    return any(kind[0] for kind in kinds) if "full" in feature else any(kind[1] for kind in kinds)
+    """Whether there are layers of the kind that it speaks of."""
+    return all(any(kind[i] for kind in kinds) for i, name in enumerate(("full", "windowed")) if name in feature)
 
 
-def _a_wave(draw: np.random.Generator, vocab: int | None, window: int | None, passed: tuple[bool, bool] | None) -> WaveOf:
+def _a_wave(draw: np.random.Generator, vocab: int | None, lengths: tuple[int, int] | None) -> WaveOf:
     """Groups of two at least: one row for each prompt does less. `vocab`: of more rows than are sampled at once."""
-    prompts, each = int(draw.integers(1, 5)), int(draw.integers(2, 9))
+    prompts, each = int(draw.integers(2 if lengths else 1, 5)), int(draw.integers(2, 9))
     each += min(2048, SAMPLED_AT_ONCE // vocab) // prompts if vocab else 0
-    return _sized(draw, prompts, each, (40, 4000), window, passed)
-
-
-def _sized(draw: np.random.Generator, prompts: int, each: int, sizes: tuple[int, int], window: int | None, passed: tuple[bool, bool] | None) -> WaveOf:
-    """Prompts and responses of any length, on the asked sides of the window."""
-    prompt, response = (_any(draw, *sizes) for _ in range(2))
-    if window and passed is not None:
-        if passed[0]:
-            prompt += window
-        elif passed[1]:
-            prompt, response = min(prompt, window), response + window
-        else:
-            prompt = max(1, min(prompt, int(draw.integers(1, window))))
-            response = max(1, min(response, window - prompt))
+    prompt, response = lengths or (_any(draw, 40, 4000), _any(draw, 40, 4000))
     return WaveOf(prompts * each, prompts, prompt, response)
 
 

@@ -57,14 +57,13 @@ class Simulated:
         def simulate(run: Run) -> dict[str, Lines]:
             from localrl.simulate.fits import rollout_lines
 
-            return {"rollout": rollout_lines(self.config, run, self.dtype, self.device, kv_cache, own, passed)}
+            return {"rollout": rollout_lines(self.config, run, self.dtype, self.device, kv_cache, lengths)}
 
         own = shares_prompts(self.shape, work)
-        window = self.shape.window
-        passed = None if own or not window else (work.max_prompt_length > window, work.longest > window)
+        lengths = None if own else (work.max_prompt_length, work.max_completion_length)
         greedy = self.run.rollout.temperature == 0
         about: dict[str, Any] = {"kv_cache": kv_cache, "unpacked": work.unpacked, "truncated": work.truncated, "own": own, "greedy": greedy}
-        about |= {"passed": passed, "window": window} if passed else {}
+        about |= {"lengths": lengths} if lengths else {}
         return self._lines(work, "rollout", about, simulate)["rollout"]
 
     def _row(self, work: Work) -> int | None:

@@ -105,11 +105,11 @@ def test_what_travels_is_what_is_found_now(tmp_path: Path, monkeypatch: pytest.M
 def test_a_plan_of_8_billion_takes_no_memory_and_no_weights(tmp_path: Path) -> None:
     """The libraries themselves take most of it."""
     code = (
-        "import resource, torch; from localrl.config import load_run; from localrl.memory.cards import Card\n"
+        "import torch; from localrl.config import load_run; from localrl.memory.cards import Card\n"
         "from localrl.planning import model_config, plan_on; import localrl.simulate.provider as p, pathlib; p.shipped = lambda: pathlib.Path('none')\n"
         "run = load_run('llama3.1-8b-16gb')\n"
         "assert plan_on(run, model_config(run), Card.of('16GiB', 'cuda'), torch.bfloat16).fits\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+        "from localrl.metrics import peak_resident; print(peak_resident())"     # (ru_maxrss would count what forked it)
     )
     environment = {"LOCALRL_CACHE": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1", "PATH": "", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=environment, capture_output=True, text=True, check=False)

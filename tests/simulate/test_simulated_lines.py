@@ -69,7 +69,7 @@ def test_training_at_other_sizes(case: tuple[str, str, Kind, str, Mode]) -> None
 def test_waves_at_other_sizes(case: tuple[str, str, Kind, Any]) -> None:
     family, quantization, device, kv_cache = case
     config, run = a_config(family), a_run(quantization)
-    lines = rollout_lines(config, run, its_dtype(device), device, kv_cache, own=True)
+    lines = rollout_lines(config, run, its_dtype(device), device, kv_cache)
     whole = Rehearsal(cut(config, 5), run, its_dtype(device), device, checkpointing=True)
     for rows, prompts, prompt, response in ((96, 8, 512, 2000), (12, 3, 1000, 3000), (8, 8, 2000, 500), (9, 3, 200, 900)):
         peak = whole.rollout(WaveOf(rows, prompts, prompt, response), kv_cache).peak - (whole.kept - whole.loaded)
