@@ -151,7 +151,7 @@ class MemorySettings(Settings):
     card: str | None = None
     """"16GiB", or a card's name ("RTX 4080"); unset: what this machine has."""
     micro_batch_tokens: int | None = Field(None, ge=1)
-    """Tokens (prompt and response, padding included) of one forward and backward pass."""
+    """Tokens (prompts and responses) of one forward and backward pass."""
     gradient_checkpointing: bool | None = None
     """Keep only each layer's input and compute the rest again in the backward pass."""
     head_chunk: int | None = Field(None, ge=1)
