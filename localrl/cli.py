@@ -206,8 +206,8 @@ def compare(
     out: Annotated[Path | None, typer.Option("--out", help="Also write the rows as JSONL.")] = None,
 ) -> None:
     """Base against trained, the same held-out prompts and seed, rewards beside each answer; through llama.cpp."""
+    from localrl.comparison import compare_run
     from localrl.display import Progress
-    from localrl.outcome import compare_run
     from localrl.talk import comparison_table
 
     with Progress(console) as display:

@@ -1,4 +1,4 @@
-"""What a run's result is good for: evaluate it, export it, compare it with its base."""
+"""What a run's result is good for: evaluate it, export it. (Comparing: `comparison`.)"""
 
 from __future__ import annotations
 
@@ -6,14 +6,11 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from localrl.batch import Request
-from localrl.chat import CompareRow, compare
 from localrl.config import Run, build, parse_override
-from localrl.engines.llama_cpp import LlamaModel, Sampling
 from localrl.engines.torch import TorchEngine
 from localrl.evaluate import EVAL_VERSION, Evaluation, evaluate
 from localrl.export import Export, Sample, export
@@ -22,7 +19,6 @@ from localrl.policy.adapters import using
 from localrl.policy.policy import Policy
 from localrl.prepare import Prepared, open_rewards, prepare
 from localrl.record import Display
-from localrl.rewards import LoggedRewards
 from localrl.settings import UserError
 
 What = Literal["merged", "adapter", "base"]
@@ -84,34 +80,6 @@ def export_run(path: Path, display: Display, *, what: str, dtype: str, out: Path
         what=cast(What, what), dtype=cast(DType, dtype), name=run.name, samples=[Sample(a.request.prompt.tokens, a.tokens) for a in answers],
         metadata=_metadata(trained), progress=lambda done, total, name: display.part(done, total),
     )  # fmt: skip
-
-
-def compare_run(path: Path, display: Display, *, count: int, temperature: float, seed: int) -> tuple[list[CompareRow], tuple[str, ...]]:
-    """Base and trained model side by side on held-out prompts, both through llama.cpp; files that do not exist yet are exported first.
-
-    Returns the rows and the names of their rewards.
-    """
-    folder, checkpoint = find_checkpoint(path)
-    run = read_run(folder)
-    files = {name: _newest(folder, what, checkpoint) for name, what in (("base", "base"), ("trained", "merged"))}
-    for name, what in (("base", "base"), ("trained", "merged")):
-        if files[name] is None:
-            display.say(f"{folder / 'export'} holds no {name} model of this checkpoint yet: exporting it")
-            files[name] = export_run(path, display, what=what, dtype="f16").path
-    prepared = prepare(run, lambda text: None)
-    display.phase("answering")
-    sampling = Sampling(temperature=temperature, max_tokens=run.rollout.max_completion_length, stop=run.rollout.stop)
-    models = {name: partial(LlamaModel, file) for name, file in files.items() if file is not None}
-    prompts = (prepared.data.eval or prepared.data.train)[:count]
-    with open_rewards(run, prepared.data) as rewards:
-        judge = LoggedRewards(()) if rewards is None else rewards
-        return compare(models, prompts, judge.score, sampling, seed, lambda done, total, name: display.part(done, total)), tuple(judge.names)
-
-
-def _newest(folder: Path, what: str, checkpoint: Path) -> Path | None:
-    """The newest export of that kind which is not older than the checkpoint. (The base never changes.)"""
-    found = sorted((folder / "export").glob(f"*-{what}-*.gguf"), key=lambda p: p.stat().st_mtime)
-    return found[-1] if found and (what == "base" or found[-1].stat().st_mtime >= checkpoint.stat().st_mtime) else None
 
 
 def _metadata(trained: Trained) -> dict[str, int | float | bool | str]:

@@ -26,6 +26,7 @@ FLOORS = [
     {"record", "talk", "prepare", "probe"},
     {"run"},
     {"outcome"},
+    {"comparison"},
     {"demo"},
     {"cli"},
 ]

@@ -9,10 +9,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from localrl.comparison import compare_run
 from localrl.config import load_run
 from localrl.display import Progress
 from localrl.folder import read_lines
-from localrl.outcome import compare_run, export_run
+from localrl.outcome import export_run
 from localrl.plots import curves
 from localrl.run import next_folder, train_run
 from localrl.talk import comparison_table
