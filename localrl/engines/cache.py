@@ -52,8 +52,8 @@ class Cache:
     a token is rounded at the same moment of its row's life in every wave, so that waves of any size write the same.
     """
 
-    foldable = True
-    """Rows can leave it."""
+    foldable = moves = True
+    """Rows can leave it, and then the others move up."""
 
     def __init__(
         self, shape: Shape, lengths: Sequence[int], owner: Sequence[int], room: int, device: torch.device, fixed: bool = False, eight_bit: bool = False

@@ -22,6 +22,7 @@ class ModelCache:
         self.kept, self.mask = kept, mask
         self.foldable = can_select(kept)
         """Rows can leave it."""
+        self.moves = True
 
     def grow(self) -> None:
         """It grows by itself."""
