@@ -163,22 +163,38 @@ def evaluate(
 @app.command()
 def export(
     path: RunPath,
-    what: Annotated[str, typer.Option("--what", help="merged (one file), adapter (needs its base), or base.")] = "merged",
-    dtype: Annotated[str, typer.Option("--type", help="f16, q8_0 or f32.")] = "f16",
+    what: Annotated[str, typer.Option("--what", help="merged (one file), adapter (a small file, with its base), or base.")] = "merged",
+    types: Annotated[str, typer.Option("--type", help="f32, f16, q8_0, q6_k, q5_k_m, q4_k_m, ...; several with commas: q8_0,q4_k_m.")] = "f16",
+    merge: Annotated[
+        str, typer.Option("--merge", help="Into the de-quantised weights that were trained on, or the original ones. auto: whichever keeps more of the reward.")
+    ] = "auto",
     out: Annotated[Path | None, typer.Option("--out", help="Folder; by default export/ in the run folder.")] = None,
 ) -> None:
-    """Write GGUF for llama.cpp, load it back there, and compare it with the trained model before saying done."""
-    from localrl.display import Progress
-    from localrl.outcome import export_run
+    """Write GGUF for llama.cpp, load it back there, and compare it with the trained model, rewards included, before saying done.
 
-    with Progress(console) as display:
-        done = export_run(path, display, what=what, dtype=dtype, out=out)
-    table = Table("check", "found", "limit", "", title=f"self-check of {done.path.name}")
-    for row in done.report.rows():
-        table.add_row(*[str(cell) for cell in row])
-    console.print(table)
-    _say(f"done: {done.path}")
-    _say(f"talk to it: localrl chat {done.path}")
+    Examples:
+
+      localrl export runs/mine-0 --type q8_0,q4_k_m
+
+      localrl export runs/mine-0 --what adapter --type q8_0
+    """
+    from localrl.display import Work
+    from localrl.outcome import export_files
+
+    with Work(console) as display:
+        files = export_files(path, display, what=what, dtypes=[t.strip() for t in types.split(",")], merge=merge, out=out)
+    for file in files:
+        table = Table("check", "found", "asked for", "", title=f"self-check of {file.path.name}: {file.report.verdict}")
+        for row in file.report.rows():
+            table.add_row(*[escape(cell) for cell in row])
+        console.print(table)
+        for note in file.report.notes:
+            _say(note)
+    for file in files:
+        _say(f"done: {file.path} ({file.report.bytes / 2**20:,.1f} MiB)")
+    _say(f"talk to it: localrl chat {files[0].path}")
+    _say(f"beside its base: localrl compare {path}")
+    _say(f"in other programs: {files[0].path.parent / 'README.md'}")
 
 
 @app.command()

@@ -18,6 +18,7 @@ from localrl.rewards import RewardSettings
 from localrl.sections import (
     AdapterSettings,
     EvalSettings,
+    ExportSettings,
     LogSettings,
     MemorySettings,
     ModelSettings,
@@ -54,6 +55,7 @@ class Run(Settings):
     optim: OptimSettings = OptimSettings()
     memory: MemorySettings = MemorySettings()
     eval: EvalSettings = EvalSettings()
+    export: ExportSettings = ExportSettings()
     log: LogSettings = LogSettings()
 
     @model_validator(mode="after")

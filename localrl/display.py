@@ -61,6 +61,21 @@ class Progress:
             self.say(f"step {step}/{steps}  {numbers}")
 
 
+class Work(Progress):
+    """A bar over the parts of each phase, for what has phases and no steps. In a log file, a line for each phase."""
+
+    def phase(self, name: str) -> None:
+        """What is going on now; how far it will get is not known yet."""
+        if name != self._phase and not self.console.is_terminal:
+            self.say(f"{name} ...")
+        super().phase(name)
+        self._bar.reset(self._task, total=None, completed=0)
+
+    def part(self, done: int, total: int) -> None:
+        """How far the phase is."""
+        self._bar.update(self._task, completed=done, total=total)
+
+
 def summary(metrics: dict[str, float]) -> str:
     """The few numbers that a person watches.
 

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast, get_args
 
 from localrl.batch import Request
 from localrl.config import Run, build, parse_override
+from localrl.engines.sampling import stream_keys, uniforms
+from localrl.engines.stops import end_tokens
 from localrl.engines.torch import TorchEngine
 from localrl.evaluate import EVAL_VERSION, Evaluation, evaluate
-from localrl.export import Export, Sample, export
-from localrl.folder import find_checkpoint, read_lines, read_run, verify_checkpoint
+from localrl.export import DType, Export, HeldOut, Merge, Sample, What, export_all, require_llama_cpp
+from localrl.folder import find_checkpoint, read_run, verify_checkpoint
 from localrl.policy.adapters import using
 from localrl.policy.policy import Policy
 from localrl.prepare import Prepared, open_rewards, prepare
+from localrl.provenance import provenance
 from localrl.record import Display
+from localrl.rewards import Rewards
 from localrl.settings import UserError
 
-What = Literal["merged", "adapter", "base"]
-DType = Literal["f16", "q8_0", "f32"]
 SAMPLES = 6
-"""Held-out prompts whose sampled answers the export is checked on."""
+"""Prompts whose sampled answers an export is checked on, where rewards are not compared."""
+ANSWER_TOKENS = 2**18
+"""Most tokens that the policy writes for the comparison of rewards, fewer prompts are answered where responses may be long. But at least:"""
+LEAST_PROMPTS = 8
 
 
 @dataclass(frozen=True)
@@ -65,35 +69,89 @@ def evaluate_run(path: Path, display: Display, overrides: Sequence[str], base: b
 
 
 def export_run(path: Path, display: Display, *, what: str, dtype: str, out: Path | None = None) -> Export:
-    """A GGUF of the trained policy, compared with it by llama.cpp before this returns."""
-    for name, value, known in (("what", what, get_args(What)), ("type", dtype, get_args(DType))):
-        if value not in known:
-            raise UserError(f"--{name} {value}: one of {', '.join(known)}")
+    """One file in one type; see `export_files`."""
+    return export_files(path, display, what=what, dtypes=[dtype], out=out)[0]
+
+
+def export_files(
+    path: Path, display: Display, *, what: str = "merged", dtypes: Sequence[str] = ("f16",), merge: str = "auto", out: Path | None = None
+) -> list[Export]:
+    """GGUFs of the trained policy, a file each type, compared with it by llama.cpp before this returns: tokens, logits, and the run's own rewards.
+
+    UserError for a file that does not say what the policy says; it is put aside as `.failed`.
+    """
+    for name, given, known in (("what", [what], get_args(What)), ("type", dtypes, get_args(DType)), ("merge", [merge], get_args(Merge))):
+        if strange := [value for value in given if value not in known]:
+            raise UserError(f"--{name} {strange[0]}: one of {', '.join(known)}")
+    require_llama_cpp()
     trained = load_trained(path, display)
-    run = trained.prepared.run
-    prompts = (trained.prepared.data.eval or trained.prepared.data.train)[:SAMPLES]
+    run, data = trained.prepared.run, trained.prepared.data
+    chosen, original = _merge(trained, cast(Merge, merge), what, display)
+    with open_rewards(run, data) as rewards:
+        held_out, samples = _answers(trained, rewards, display, scored=what != "base")
+        display.phase("export")
+        return export_all(
+            trained.policy.model, trained.policy.tokenizer, out or trained.folder / "export",
+            what=cast(What, what), dtypes=[cast(DType, dtype) for dtype in dtypes], name=run.name, samples=samples,
+            metadata=provenance(run, trained.folder, trained.checkpoint, data.eval), stop_ids=_stop_ids(trained),
+            progress=_Announced(display), held_out=held_out, merge=chosen, original=original,
+        )  # fmt: skip
+
+
+def _merge(trained: Trained, merge: Merge, what: str, display: Display) -> tuple[Merge, Any]:
+    """Into which weights, and where the original ones are. A base that was not quantised has only one kind."""
+    if what != "merged" or trained.prepared.run.model.quantization == "none":
+        return "dequantized", None
+    return "dequantized", None
+
+
+def _answers(trained: Trained, rewards: Rewards | None, display: Display, *, scored: bool) -> tuple[HeldOut | None, list[Sample]]:
+    """What the live policy says to held-out prompts: for the rewards' comparison, and as samples for that of tokens and logits."""
+    run, data, engine = trained.prepared.run, trained.prepared.data, trained.engine
+    count = 1 if run.eval.temperature == 0 else run.eval.num_generations
+    fitting = ANSWER_TOKENS // (count * run.rollout.max_completion_length)
+    prompts = data.eval[: min(run.export.prompts, max(LEAST_PROMPTS, fitting))]
     display.phase("sampling for the self-check")
-    answers = trained.engine.generate([Request(prompt) for prompt in prompts], EVAL_VERSION)
-    display.phase("export")
-    return export(
-        trained.policy.model, trained.policy.tokenizer, out or trained.folder / "export",
-        what=cast(What, what), dtype=cast(DType, dtype), name=run.name, samples=[Sample(a.request.prompt.tokens, a.tokens) for a in answers],
-        metadata=_metadata(trained), progress=lambda done, total, name: display.part(done, total),
+    if not scored or len(prompts) < 2:
+        if scored and run.export.prompts:
+            display.say("no prompts are held out: the file's rewards are not compared (data.holdout, data.eval_path)")
+        some = [Request(prompt) for prompt in (data.eval or data.train)[:SAMPLES]]
+        return None, [Sample(a.request.prompt.tokens, a.tokens) for a in engine.generate(some, EVAL_VERSION)]
+    sampling = run.rollout.model_copy(update={"temperature": run.eval.temperature, "top_p": 1.0, "top_k": 0, "window": None})
+    requests = [Request(prompt, sample) for prompt in prompts for sample in range(count)]
+    answers = engine.generate(requests, EVAL_VERSION, settings=sampling)
+    if rewards is None:
+        display.say("this run has no reward functions: only where replies end is compared")
+    else:
+        answers = rewards.score(answers)
+    keys = stream_keys(engine.seed, EVAL_VERSION, requests)
+    held_out = HeldOut(
+        answers, uniforms(keys, [0] * len(requests), run.rollout.max_completion_length), run.eval.temperature, run.rollout.stop,
+        names=() if rewards is None else tuple(rewards.names), weights=() if rewards is None else tuple(rewards.weights),
+        score=(lambda rollouts: rollouts) if rewards is None else rewards.score,
+        decode=lambda rows: list(engine.tokenizer.batch_decode([list(row) for row in rows], skip_special_tokens=True)), progress=display.phase,
     )  # fmt: skip
+    return held_out, [Sample(a.request.prompt.tokens, a.tokens) for a in answers if a.request.sample == 0]
 
 
-def _metadata(trained: Trained) -> dict[str, int | float | bool | str]:
-    """What the file says of itself, as `localrl.*`."""
-    run = trained.prepared.run
-    facts: dict[str, int | float | bool | str] = {
-        "run": trained.folder.name, "checkpoint": trained.checkpoint.name, "algorithm": run.algorithm.name, "seed": run.seed,
-        "base": run.model.path.rsplit("/", 1)[-1] if run.model.path.startswith("/") else run.model.path,
-        "quantization": run.model.quantization, "exported": time.strftime("%Y-%m-%d"),
-    }  # fmt: skip
-    for row in read_lines(trained.folder / "evaluations.jsonl"):
-        if isinstance(value := row.get("eval/reward"), float):
-            facts[f"reward.step_{row['step']}"] = value
-    return facts
+def _stop_ids(trained: Trained) -> list[int]:
+    """Every token that ended a rollout in training, those that a stop string names as a whole included."""
+    return sorted(end_tokens(trained.policy.model, trained.policy.tokenizer, trained.prepared.run.rollout.stop))
+
+
+class _Announced:
+    """The exporter's progress as a person sees it: phases, and MiB within them."""
+
+    def __init__(self, display: Display) -> None:
+        self.display, self.phase = display, ""
+
+    def __call__(self, done: int, total: int, name: str) -> None:
+        phase = "self-check by llama.cpp" if name == "self-check" else "quantising" if name.startswith("quanti") else "writing"
+        if phase != self.phase:
+            self.display.phase(phase)
+        self.phase = phase
+        if total > 1:
+            self.display.part(-(-done // 2**20), -(-total // 2**20))
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import Any
 from localrl.buffer import Log, read_log, without_log_columns
 from localrl.config import Run
 from localrl.data import DataSettings, PromptData, load_prompts
-from localrl.export import check_exportable
+from localrl.export import check_exportable, require_llama_cpp
 from localrl.folder import RunFolder
 from localrl.memory.plan import MemoryPlan
 from localrl.planning import model_config, plan_run
@@ -64,10 +64,7 @@ def prepare(run: Run, say: Callable[[str], None]) -> Prepared:
     plan.check()
     run = run.model_copy(update={"optim": run.optim.model_copy(update={"optimizer": plan.work.optimizer})})
     tokenizer = load_tokenizer(run.model)
-    try:
-        check_exportable(model_config(run), {"target_modules": run.adapter.lora_target_modules}, tokenizer)
-    except UserError as error:
-        say(f"this run can be trained but not exported: {error}")
+    foresee_export(run, tokenizer, say)
     data = load_prompts(with_demo_data(run.data), tokenizer, run.seed, Path.cwd())
     for note in data.notes:
         say(note)
@@ -79,6 +76,20 @@ def prepare(run: Run, say: Callable[[str], None]) -> Prepared:
     for note in log.notes:
         say(note)
     return Prepared(run, plan, tokenizer, without_log_columns(data), log)
+
+
+def foresee_export(run: Run, tokenizer: Any, say: Callable[[str], None]) -> None:
+    """Whether the result could be written as GGUF and proven there. Said, or with export.gguf = "required" a UserError: before training, not after."""
+    if run.export.gguf == "off":
+        return
+    try:
+        check_exportable(model_config(run), {"target_modules": run.adapter.lora_target_modules}, tokenizer)
+        if run.export.gguf == "required":
+            require_llama_cpp()
+    except UserError as error:
+        if run.export.gguf == "required":
+            raise UserError(f"export.gguf = 'required', but {error} (or set export.gguf = 'off': the checkpoint is a PEFT adapter in any case)") from None
+        say(f"this run can be trained but not exported to GGUF: {error} (export.gguf = 'off' stops this question)")
 
 
 def check_run(run: Run, say: Callable[[str], None]) -> Prepared:

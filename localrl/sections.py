@@ -184,6 +184,15 @@ class EvalSettings(Settings):
     """0: greedy, one response."""
 
 
+class ExportSettings(Settings):
+    """The files that a finished run is exported to, and how they are proven."""
+
+    gguf: Literal["auto", "required", "off"] = "auto"
+    """Whether the result is meant for llama.cpp. auto: what no GGUF can hold is said before training; required: such a run is refused; off: nobody asks."""
+    prompts: int = Field(64, ge=0)
+    """Most held-out prompts on which a file's rewards are compared with the trained model's. 0: rewards are not compared."""
+
+
 class LogSettings(Settings):
     """The run folder."""
 

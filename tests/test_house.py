@@ -23,7 +23,7 @@ FLOORS = [
     {"train", "chat", "doctor", "display", "plots"},
     {"simulate"},
     {"planning"},
-    {"record", "talk", "prepare", "probe"},
+    {"record", "talk", "prepare", "probe", "provenance"},
     {"run"},
     {"outcome"},
     {"comparison"},

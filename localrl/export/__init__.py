@@ -1,17 +1,27 @@
 """GGUF files that are proven equal to the model that was trained.
 
-`export` writes one of three: the merged model, the base alone, or an adapter for that base. It only reads the live model, and returns
-once llama.cpp, in a child process, has tokenised, rendered, scored and continued real prompts as the trained model does.
+`export_all` writes one of three: the merged model, the base alone, or an adapter for that base, in one type or several. It only reads the live
+model, and returns once llama.cpp, in a child process, has tokenised, rendered, scored and continued real prompts as the trained model does.
 `check_exportable` asks before training.
 
-    families.py   which models, under which names      reference.py      what the trained model says
-    weights.py    the live model as fp32 rows          check.py          what has to agree, and how closely
-    tokenizer.py  the live tokenizer as GGUF keys      check_worker.py   llama.cpp's side of it, in a process of its own
-    writer.py     the file                             exporter.py       the whole way
+    families.py   which models, under which names      probes.py         texts and dialogues on which things are known to part
+    weights.py    the live model as fp32 rows          reference.py      what the trained model says
+    tokenizer.py  the live tokenizer as GGUF keys      expected.py       everything that a file will be asked, with the answers
+    writer.py     the file                             check.py          what has to agree, how closely; check_worker.py: llama.cpp's side of it
+    metadata.py   what it says of itself               tensors.py        the weights within the file, read back
+    exporter.py   the whole way                        heldout.py        the run's own rewards; answer_worker.py: llama.cpp's side of it
+    settle.py     a file gets its name, or `.failed`   report.py         what was found
+                                                       beside.py         Modelfile (ollama.py) and README
 """
 
-from localrl.export.check import CheckReport, Row
-from localrl.export.exporter import Export, check_exportable, export
+from localrl.export.exporter import Merge, What, check_exportable, export, export_all, require_llama_cpp
+from localrl.export.heldout import HeldOut
 from localrl.export.reference import Sample
+from localrl.export.report import CheckReport, Interval, RewardChange, Row
+from localrl.export.settle import Export
+from localrl.export.writer import DType
 
-__all__ = ["CheckReport", "Export", "Row", "Sample", "check_exportable", "export"]
+__all__ = [
+    "CheckReport", "DType", "Export", "HeldOut", "Interval", "Merge", "RewardChange", "Row", "Sample", "What", "check_exportable", "export", "export_all",
+    "require_llama_cpp",
+]  # fmt: skip

@@ -158,6 +158,14 @@ def compare_dialogues(llama: llama_cpp.Llama, dialogues: list[dict[str, Any]]) -
     return wrong
 
 
+def specials(vocab: Any) -> dict[str, int | bool]:
+    """Special tokens as llama.cpp understood the file, by GGUF key."""
+    ids = {"bos": llama_cpp.llama_vocab_bos, "eos": llama_cpp.llama_vocab_eos, "padding": llama_cpp.llama_vocab_pad}
+    adds = {"bos": llama_cpp.llama_vocab_get_add_bos, "eos": llama_cpp.llama_vocab_get_add_eos}
+    found: dict[str, int | bool] = {f"{name}_token_id": int(ask(vocab)) for name, ask in ids.items()}
+    return found | {f"add_{name}_token": bool(ask(vocab)) for name, ask in adds.items()}
+
+
 def greedy(llama: llama_cpp.Llama, prompt: list[int], count: int, ends: list[int]) -> list[int]:
     """`count` first choices, fewer if the text ends."""
     written: list[int] = []
@@ -180,6 +188,8 @@ def main(job_file: str, logits_file: str, result_file: str) -> None:
         "tokens": compare_tokens(llama, job["texts"]),
         "pieces": compare_pieces(llama, job["pieces"]),
         "dialogues": compare_dialogues(llama, job["dialogues"]),
+        "template": llama.metadata.get("tokenizer.chat_template", ""),
+        "specials": specials(vocab),
         "ends": ends,
         "eos": llama.token_eos(),
         "logits": compare_logits(llama, job, np.load(logits_file, mmap_mode="r", allow_pickle=False)),

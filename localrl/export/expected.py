@@ -12,38 +12,17 @@ import jinja2
 from gguf import TokenType
 from torch import nn
 
-from localrl.export.reference import GREEDY, Asked, Sample, ask, computes_in_fp32, divergence, is_on, reference, room
+from localrl.export.probes import DIALOGUES, PROBES
+from localrl.export.reference import GREEDY, Asked, Original, Sample, ask, computes_in_fp32, divergence, is_on, reference, room
 from localrl.export.tokenizer import Vocabulary, template_of
 from localrl.settings import UserError
 
 GREEDY_CASES = 2
 """Samples whose prompts are continued greedily."""
 TEXT_CASES = 32
-"""Samples whose prompts are also compared as text."""
-
-PROBES = (
-    "Hello world", " leading and trailing ", "two  spaces   three", "tabs\tand\nnewlines\n\n\nand\r\nmore \n \n end", "", " ", "\n", "a",
-    "It's what they'll say: I'm, you've, he'd, we're, DON'T, CAN'T",
-    "12345 + 67890 = 80235; 3.14159, 1,000,000 and 0x1F", "1 12 123 1234 12345",
-    "CamelCase snake_case kebab-case SCREAMING_CASE iPhone",
-    "def f(x: int) -> int:\n    return x ** 2  # comment\n",
-    "<b>html & entities</b> &amp; {json: [1, 2]}",
-    "naïve café Ångström straße ﬁne", "Привет, мир! Ελληνικά",
-    "你好，世界。今天天气很好 日本語のテスト 한국어", "שלום עולם مرحبا بالعالم", "हिन्दी ไทย",
-    "emoji 🙂👩‍👩‍👧‍👦🇩🇪 and ½ ² ③ € ™ …",
-    "“quotes” ‘and’ — dashes – \u00a0nbsp \u200bzero \ufeffbom", "e\u0301 combining",
-    "!!! ??? ... --- === *** ///", "$x^2 + \\frac{1}{2}$ \\boxed{42}",
-    "<think>\nLet me see.\n</think>\n<answer>42</answer>",
-    "https://example.org/a?b=c&d=%20#frag user@example.org", "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
-)  # fmt: skip
-"""Texts on which tokenizers are known to part."""
-
-DIALOGUES: tuple[list[dict[str, str]], ...] = (
-    [{"role": "user", "content": "What is 2 + 2?"}],
-    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Grüße! 你好"}],
-    [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello.\nYes?"}, {"role": "user", "content": " Again\n"}],
-)
-
+"""Samples whose prompts and answers are also compared as text."""
+SPECIALS = ("bos_token_id", "eos_token_id", "padding_token_id", "add_bos_token", "add_eos_token")
+"""Keys of `tokenizer.ggml.` that llama.cpp can be asked about."""
 
 Text = tuple[str, list[int], list[int] | None]
 """(text, its ids bare, its ids with what the tokenizer puts around a text; None: not asked)."""
@@ -59,6 +38,10 @@ class Expected:
     note: str
     """Which texts were left out, because llama.cpp cannot do as the tokenizer does; empty: none."""
     dialogues: list[dict[str, Any]]
+    template: str
+    """The chat template in force; empty: none."""
+    specials: dict[str, int | bool]
+    """Special tokens by their GGUF keys, and whether they are put around a text."""
     stop_ids: tuple[int, ...]
     """What ends a reply, the tokenizer's eos first."""
     harmless_ends: frozenset[int]
@@ -70,10 +53,12 @@ class Expected:
     """Mean KL of the live model from the fp32 reference; None: they are the same."""
 
 
-def expected_texts(tokenizer: Any, vocabulary: Vocabulary, prompts: Sequence[Sequence[int]]) -> tuple[list[Text], str]:
-    """Probes, prompts as text, and added tokens within words (256 at most), with their ids. -> (texts, what was left out, if anything)."""
-    added = [f"one{token}two {token} three" for token in list(tokenizer.get_added_vocab())[:256]]
-    texts = list(dict.fromkeys([*PROBES, *(tokenizer.decode(list(p), clean_up_tokenization_spaces=False) for p in prompts), *added]))
+def expected_texts(tokenizer: Any, vocabulary: Vocabulary, data: Sequence[Sequence[int]]) -> tuple[list[Text], str]:
+    """Probes, the run's own data (ids) as text, and every added token within words, with their ids. -> (texts, what was left out, if anything)."""
+    names = list(tokenizer.get_added_vocab())
+    each = 1 + len(names) // 256  # some models have thousands of them
+    added = ["".join(f"one{name}two {name} three" for name in names[i : i + each]) for i in range(0, len(names), each)]
+    texts = list(dict.fromkeys([*PROBES, *(tokenizer.decode(list(p), clean_up_tokenization_spaces=False) for p in data if p), *added]))
     note = ""
     if vocabulary.normalises:
         kept = [text for text in texts if unicodedata.is_normalized("NFC", text)]
@@ -103,22 +88,25 @@ def expected_dialogues(tokenizer: Any) -> list[dict[str, Any]]:
     return found
 
 
-def expect(model: nn.Module, tokenizer: Any, adapter: str | None, vocabulary: Vocabulary, samples: Sequence[Sample], rows: int) -> Expected:
-    """Ask the live model and the live tokenizer everything that the file will be asked."""
+def expect(
+    model: nn.Module, tokenizer: Any, adapter: str | None, vocabulary: Vocabulary, samples: Sequence[Sample], rows: int, original: Original | None = None
+) -> Expected:
+    """Ask the live model (on its `original` weights, if given) and the live tokenizer everything that the file will be asked."""
     told = [sample for sample in samples if sample.prompt]
     if not told:
         raise UserError("an export is compared with the model on prompts, and none was given: pass some of the run's samples")
-    texts, note = expected_texts(tokenizer, vocabulary, [sample.prompt for sample in told[:TEXT_CASES]])
+    texts, note = expected_texts(tokenizer, vocabulary, [ids for sample in told[:TEXT_CASES] for ids in (sample.prompt, sample.response)])
     pieces = [(ids, tokenizer.decode(ids, clean_up_tokenization_spaces=False)) for _, ids, _ in texts] if byte_level(vocabulary) else []
     own: float | None = None
-    with reference(model, adapter):
+    with reference(model, adapter, original):
         asked = ask(model, told, rows)
-    if adapter is not None and is_on(model, adapter) and not computes_in_fp32(model):
+    if original is None and adapter is not None and is_on(model, adapter) and not computes_in_fp32(model):
         live = ask(model, told, rows)
         own = max(float(divergence(a.logits, b.logits).mean()) for a, b in zip(asked, live, strict=True))
     prompts = [sample.prompt[: max(1, room(model) - GREEDY)] for sample in told[:GREEDY_CASES]]
     dialogues, harmless = expected_dialogues(tokenizer), harmless_ends(vocabulary, told)
-    return Expected(texts, pieces, note, dialogues, vocabulary.stop_ids, harmless, asked, prompts, own)
+    specials: dict[str, Any] = {name: value for name in SPECIALS if (value := vocabulary.keys.get(f"tokenizer.ggml.{name}")) is not None}
+    return Expected(texts, pieces, note, dialogues, template_of(tokenizer) or "", specials, vocabulary.stop_ids, harmless, asked, prompts, own)
 
 
 def harmless_ends(vocabulary: Vocabulary, samples: Sequence[Sample]) -> frozenset[int]:

@@ -1,38 +1,40 @@
-"""From the live model to a GGUF file that has been proven equal to it: read, write beside, check in a child, rename."""
+"""From the live model to GGUF files that have been proven equal to it: read, write beside, check in a child, rename.
+
+Every model file begins with a parent in F32 (F16 above LARGE), which is compared strictly. The types that were asked for are made from it,
+and the parent goes away unless it was one of them.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from time import perf_counter
 from typing import Any, Literal, get_args
 
 from torch import nn
 
-from localrl import __version__
-from localrl.export.check import Agree, CheckReport, check
-from localrl.export.expected import expect
-from localrl.export.families import Value, family_of, hyperparameters
+from localrl.export.check import Agree, check, looseness, sha256
+from localrl.export.expected import Expected, expect
+from localrl.export.families import Value, family_of, head_width, hyperparameters
+from localrl.export.heldout import Graded, HeldOut, compare_totals, grade
+from localrl.export.metadata import general_keys, generation_ends, own_keys
+from localrl.export.quantised import quantize
 from localrl.export.reference import Parting, Sample, partings, reference
-from localrl.export.tokenizer import read_vocabulary
-from localrl.export.weights import adapter_sources, causal_lm, check_lora, check_model, model_sources, shape_of
-from localrl.export.writer import FILE_TYPES, DType, Progress, write
+from localrl.export.report import CheckReport, Row
+from localrl.export.settle import CHECKS, ROOM, Export, scratch, settle
+from localrl.export.tensors import Weights, against_model, against_parent, fallbacks
+from localrl.export.tokenizer import Vocabulary, read_vocabulary
+from localrl.export.weights import Source, adapter_sources, causal_lm, check_lora, check_model, model_sources, shape_of
+from localrl.export.writer import F16_MAX, FILE_TYPES, DType, Progress, write
 from localrl.settings import UserError
 
 What = Literal["merged", "adapter", "base"]
-
-
-@dataclass(frozen=True)
-class Export:
-    """A file that passed."""
-
-    path: Path
-    report: CheckReport
-    report_path: Path
-    base: Path | None = None
-    """For an adapter: the base model's GGUF that it was checked with."""
+Merge = Literal["auto", "dequantized", "original"]
+LARGE = 2**31
+"""Parameters above which the parent is F16: in F32 it would take more than 8 GiB of the disk."""
 
 
 def check_exportable(config: Any, lora: Mapping[str, Any], tokenizer: Any | None = None, stop_ids: Sequence[int] = ()) -> None:
@@ -47,119 +49,306 @@ def check_exportable(config: Any, lora: Mapping[str, Any], tokenizer: Any | None
         read_vocabulary(tokenizer, int(config.vocab_size), stop_ids)
 
 
-def export(
+def require_llama_cpp() -> None:
+    """UserError if there is nothing to check a file with."""
+    if importlib.util.find_spec("llama_cpp") is None:
+        raise UserError('exports are checked with llama-cpp-python, which is missing: CMAKE_ARGS="-DLLAVA_BUILD=OFF" pip install "localrl[chat]"')
+
+
+def export(model: nn.Module, tokenizer: Any, out_dir: Path, *, what: What, dtype: DType, samples: Sequence[Sample], **options: Any) -> Export:
+    """One file in one type; the rest as in `export_all`."""
+    return export_all(model, tokenizer, out_dir, what=what, dtypes=[dtype], samples=samples, **options)[0]
+
+
+def export_all(
     model: nn.Module,
     tokenizer: Any,
     out_dir: Path,
     *,
     what: What,
-    dtype: DType,
+    dtypes: Sequence[DType],
     samples: Sequence[Sample],
     name: str = "model",
     adapter: str = "policy",
     base: Path | None = None,
-    metadata: Mapping[str, int | float | bool | str] | None = None,
+    metadata: Mapping[str, Value] | None = None,
     stop_ids: Sequence[int] | None = None,
     progress: Progress | None = None,
-) -> Export:
-    """Write a GGUF of the live model and return once llama.cpp has been seen to agree with it; the model is only read.
+    held_out: HeldOut | None = None,
+    merge: Merge = "dequantized",
+    original: Any | None = None,
+) -> list[Export]:
+    """Write GGUFs of the live model and return once llama.cpp has been seen to agree with it; the model is only read.
 
     `what`: "merged" base + adapter in one file, "base" the base alone, "adapter" a small file to be used on a base GGUF: on `base`, or
-    where that is None on one that is written (and checked) first. `dtype`: of the matrices, for an adapter those of its base; the adapter
-    itself is F32 on an F32 base and F16 otherwise. `samples`: prompts and sampled answers on which the two are compared. `metadata`:
-    written as `localrl.<key>`. `stop_ids`: what ends a reply; None: the generation config's and the tokenizer's. `progress`: called with
-    bytes done, bytes in all and a tensor's name, last with "self-check".
+    where that is None on one that is written (and checked) first. `dtypes`: of the matrices, a file each, for an adapter those of its bases;
+    the adapter itself is F32 on an F32 base and F16 otherwise. `samples`: prompts and sampled answers on which the two are compared.
+    `metadata`: written as `localrl.<key>`, or as it stands if it begins with `general.`. `stop_ids`: what ends a reply; None: the generation
+    config's and the tokenizer's. `progress`: called with bytes done, bytes in all and a tensor's name, before every check with "self-check".
+    `held_out`: the live model's answers whose rewards a file has to keep. `merge`: into the weights that were trained on (de-quantised), or into
+    the `original` ones; auto: whichever keeps more of the reward, de-quantised where that cannot be told.
 
-    UserError if the model cannot be expressed, or the file does not say what the model says: it is then kept as `<file>.failed`.
+    UserError if the model cannot be expressed, or a file does not say what the model says: it is then kept as `<file>.failed`. Files that were
+    complete before that stay.
     """
-    if what not in get_args(What):
-        raise UserError(f"what = '{what}' is not offered, only {', '.join(get_args(What))}")
-    if dtype not in get_args(DType):
-        raise UserError(f"dtype = '{dtype}' is not offered, only {', '.join(get_args(DType))}")
-    if importlib.util.find_spec("llama_cpp") is None:
-        raise UserError('exports are checked with llama-cpp-python, which is missing: CMAKE_ARGS="-DLLAVA_BUILD=OFF" pip install "localrl[chat]"')
-    chosen = None if what == "base" else adapter
-    check_model(model, chosen)
-    config, rows = causal_lm(model).config, shape_of(causal_lm(model).model.embed_tokens)[0]
-    keys: dict[str, Value]
-    vocabulary = read_vocabulary(tokenizer, rows, generation_ends(model) if stop_ids is None else stop_ids)
-    expected = expect(model, tokenizer, chosen, vocabulary, samples, rows)
-    if what == "adapter":
-        base = base or export(
-            model, tokenizer, out_dir, what="base", dtype=dtype, samples=samples,
-            name=name, metadata=metadata, stop_ids=stop_ids, progress=progress,
-        ).path  # fmt: skip
-        require_gguf(base)
+    for label, values, known in (("what", [what], get_args(What)), ("dtype", dtypes, get_args(DType)), ("merge", [merge], get_args(Merge))):
+        if strange := [value for value in values if value not in known]:
+            raise UserError(f"{label} = '{strange[0]}' is not offered, only {', '.join(known)}")
+    require_llama_cpp()
+    check_model(model, None if what == "base" else adapter)
+    job = Job(model, tokenizer, out_dir, name, samples, metadata or {}, stop_ids, progress, held_out, original)
+    with job.folder():
+        if what == "adapter":
+            return job.adapters(adapter, list(dict.fromkeys(dtypes)), base)
+        return job.models(what, None if what == "base" else adapter, list(dict.fromkeys(dtypes)), merge)
+
+
+@dataclass(frozen=True)
+class Made:
+    """A file that is written and has been looked at, still under its temporary name."""
+
+    file: Path
+    dtype: DType
+    rows: tuple[Row, ...]
+    figures: Mapping[str, float]
+    weights: Weights
+    expected: Expected
+    agree: Agree
+    graded: Graded | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        """Whether everything was as it must be."""
+        return all(row.passed for row in self.rows)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the files of one export have in common."""
+
+    model: nn.Module
+    tokenizer: Any
+    out_dir: Path
+    name: str
+    samples: Sequence[Sample]
+    metadata: Mapping[str, Value]
+    stop_ids: Sequence[int] | None
+    progress: Progress | None
+    held_out: HeldOut | None
+    original: Any | None
+    start: float = field(default_factory=perf_counter)
+
+    @property
+    def config(self) -> Any:
+        """transformers' configuration."""
+        return causal_lm(self.model).config
+
+    @property
+    def rows(self) -> int:
+        """Of the embedding."""
+        return int(shape_of(causal_lm(self.model).model.embed_tokens)[0])
+
+    @contextmanager
+    def folder(self) -> Iterator[None]:
+        """The folder, which is gone again if it was not there and nothing has come into it."""
+        there = self.out_dir.exists()
+        self.out_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            yield
+        finally:
+            if not there and not any(self.out_dir.iterdir()):
+                self.out_dir.rmdir()
+
+    def path(self, what: str, dtype: str) -> Path:
+        """What a file is called."""
+        return self.out_dir / f"{self.name}-{what}-{dtype}.gguf"
+
+    # -- models -------------------------------------------------------------------------------------------------------------
+
+    def models(self, what: str, adapter: str | None, dtypes: Sequence[DType], merge: Merge) -> list[Export]:
+        """The merged model or the base alone, in every type."""
+        with ExitStack() as stack:
+            parent = self.parent(stack, what, adapter, dtypes, merge)
+            return [self.child(what, adapter, parent, dtype) for dtype in ordered(dtypes, parent.dtype)]
+
+    def parent(self, stack: ExitStack, what: str, adapter: str | None, dtypes: Sequence[DType], merge: Merge) -> Made:
+        """The file that all others are made from, proven. Of two ways to merge, the one that keeps more of the reward."""
+        if merge == "dequantized" or adapter is None:
+            return self.first(stack, what, adapter, dtypes, None, "dequantized")
+        if self.original is None:
+            raise UserError(f"merge = '{merge}' needs the original weights, and they were not given: merge = 'dequantized'")
+        if merge == "original":
+            return self.first(stack, what, adapter, dtypes, self.original, "original")
+        ours = self.first(stack, what, adapter, dtypes, None, "dequantized")
+        theirs = self.first(stack, f"{what}-original", adapter, dtypes, self.original, "original")
+        return better(self.graded(ours), self.graded(theirs))
+
+    def first(self, stack: ExitStack, what: str, adapter: str | None, dtypes: Sequence[DType], original: Any, merge: str) -> Made:
+        """A parent, written and compared strictly. One that fails is put aside, and that is the end of it."""
+        sources = model_sources(self.model, adapter) if original is None else model_sources(self.model, adapter, original=original)
+        dtype: DType = "f32" if sum(size(s) for s in sources) <= LARGE or "f32" in dtypes else "f16"
+        vocabulary = self.vocabulary()
+        keys = self.keys("model", dtype, sources) | hyperparameters(self.config, self.rows) | dict(vocabulary.keys)
+        if adapter is not None:
+            keys["localrl.merge"] = merge
+        file = stack.enter_context(scratch(self.path(what, dtype)))
+        expected = expect(self.model, self.tokenizer, adapter, vocabulary, self.samples, self.rows, original)
+        made = self.write(file, keys, sources, dtype, None, expected, judge_texts(self.model, adapter, original))
+        made = replace(made, notes=(MERGED[merge],) if adapter is not None else ())
+        if not made.passed:
+            self.settle(made, what, self.path(what, dtype))
+        return made
+
+    def child(self, what: str, adapter: str | None, parent: Made, dtype: DType) -> Export:
+        """One of the types that were asked for, from the parent."""
+        path = self.path(what, dtype)
+        with scratch(path) as file:
+            if dtype == parent.dtype:
+                return self.settle(self.graded(parent) if adapter is not None else parent, what, path)
+            largest, where = parent.weights.largest
+            if dtype == "f16" and largest > F16_MAX:
+                raise UserError(f"the weight '{where}' reaches {largest:g}, beyond F16's {F16_MAX:g}: export with dtype = 'f32'")
+            quantize(parent.file, file, dtype, self.progress)
+            self.say("self-check")
+            rows, figures = check(file, None, parent.expected, parent.agree, dtype, looseness(family_of(self.config).arch))
+            weights = against_parent(file, parent.file) if loads(rows) else Weights(Row("weights", False, "not read", "all"), {}, {})
+            source = replace(weights, source=parent.weights.source)
+            proven = tuple(replace(row, name=f"{row.name}, {parent.dtype} parent") for row in parent.rows if row.name in PROVEN)
+            made = replace(parent, file=file, dtype=dtype, rows=(*proven, *rows, weights.row), figures=figures, weights=source, graded=None)
+            return self.settle(self.graded(made) if adapter is not None and made.passed else made, what, path)
+
+    # -- adapters -----------------------------------------------------------------------------------------------------------
+
+    def adapters(self, adapter: str, dtypes: Sequence[DType], base: Path | None) -> list[Export]:
+        """The adapter for a base in every type: compared strictly on the bases' parent, then on the base that it is for."""
+        if base is not None:
+            require_gguf(base)
+            return [self.adapter(adapter, dtype, base, None) for dtype in dtypes]
+        with ExitStack() as stack:
+            parent = self.parent(stack, "base", None, dtypes, "dequantized")
+            found: list[Export] = []
+            for dtype in ordered(dtypes, parent.dtype):
+                path = self.child("base", None, parent, dtype).path
+                found.append(self.adapter(adapter, dtype, path, None if dtype == parent.dtype else parent.file))
+            return found
+
+    def adapter(self, adapter: str, dtype: DType, base: Path, strict: Path | None) -> Export:
+        """The adapter on one base. `strict`: the base that it was made from, on which the adapter is compared first."""
         small: DType = "f32" if dtype == "f32" else "f16"
-        sources, stored_as = adapter_sources(model, adapter, balanced=small == "f16"), small
-        keys = {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": 0.0}  # PEFT's scaling lies in B; 0: times 1
-    else:
-        base, stored_as = None, dtype
-        sources = model_sources(model, chosen)
-        keys = {"general.type": "model", **origin_keys(config), **hyperparameters(config, rows), **vocabulary.keys}
-    keys |= {"general.name": name, "general.file_type": FILE_TYPES[stored_as], "general.quantization_version": 2, **own_keys(metadata)}
-    out_dir.mkdir(parents=True, exist_ok=True)
-    path = out_dir / f"{name}-{what}-{dtype}.gguf"
-    with scratch(path) as temporary:
-        types = write(temporary, family_of(config).arch, keys, sources, stored_as, progress)
-        if progress is not None:
-            progress(1, 1, "self-check")
-        on_base = None if base is None else temporary
-        report = check(base or temporary, on_base, expected, judge_texts(model, chosen), file_name=path.name, what=what, dtype=dtype, types=types)
-        return settle(temporary, path, report, base)
+        path, sources = self.path("adapter", dtype), adapter_sources(self.model, adapter, balanced=small == "f16")
+        keys = self.keys("adapter", small, sources) | {"adapter.type": "lora", "adapter.lora.alpha": 0.0}  # PEFT's scaling lies in B; 0: times 1
+        expected = expect(self.model, self.tokenizer, adapter, self.vocabulary(), self.samples, self.rows, None)
+        agree = judge_texts(self.model, adapter, None)
+        with scratch(path) as file:
+            made = self.write(file, keys, sources, small, strict or base, expected, agree, limits=small if strict else dtype)
+            if strict is not None and made.passed:
+                self.say("self-check")
+                rows, figures = check(base, file, expected, agree, dtype, looseness(family_of(self.config).arch))
+                again = tuple(replace(row, name=f"{row.name}, {dtype} base") for row in rows if row.name in ("loads", "mean KL", "first choice"))
+                made = replace(made, rows=(*made.rows, *again), figures=figures)
+            made = replace(made, dtype=dtype)
+            return self.settle(self.graded(made, base) if made.passed else made, "adapter", path, base=base)
+
+    # -- what both need -----------------------------------------------------------------------------------------------------
+
+    def write(
+        self, file: Path, keys: Mapping[str, Value], sources: Sequence[Source], dtype: DType, base: Path | None, expected: Expected, agree: Agree,
+        limits: DType | None = None,
+    ) -> Made:  # fmt: skip
+        """A file of live weights, and what the check finds. `base`: for an adapter, what it is checked on. `limits`: of another type."""
+        write(file, family_of(self.config).arch, keys, sources, dtype, self.progress)
+        self.say("self-check")
+        rows, figures = check(base or file, file if base else None, expected, agree, limits or dtype, looseness(family_of(self.config).arch))
+        weights = against_model(file, sources) if loads(rows) else Weights(Row("weights", False, "not read", "all"), {}, {})
+        return Made(file, dtype, (*rows, weights.row), figures, weights, expected, agree)
+
+    def graded(self, made: Made, base: Path | None = None) -> Made:
+        """With its rewards, if there is anything to compare and that was not done already."""
+        if self.held_out is None or made.graded is not None:
+            return made
+        found = grade(base or made.file, made.file if base else None, self.held_out, cache_bytes(self.config))
+        return replace(made, rows=(*made.rows, *found.rows), graded=found)
+
+    def settle(self, made: Made, what: str, path: Path, *, base: Path | None = None) -> Export:
+        """Report and name."""
+        counts: dict[str, int] = {}
+        for kind in made.weights.types.values():
+            counts[kind] = counts.get(kind, 0) + 1
+        report = CheckReport(
+            file=path.name, what=what, dtype=made.dtype, bytes=made.file.stat().st_size, sha256=sha256(made.file), types=counts,
+            seconds=perf_counter() - self.start, checks=made.rows, figures=made.figures, source=made.weights.source,
+            fallbacks=fallbacks(made.file, made.dtype) if what != "adapter" and loads(made.rows) else {},
+            rewards=made.graded.rewards if made.graded else {}, notes=made.notes,
+        )  # fmt: skip
+        return settle(made.file, path, report, base)
+
+    def keys(self, kind: str, dtype: DType, sources: Sequence[Source]) -> dict[str, Value]:
+        """What the file says of itself."""
+        own: dict[str, Value] = {"general.type": kind, "general.file_type": FILE_TYPES[dtype], "general.quantization_version": 2, CHECKS: " " * ROOM}
+        return general_keys(self.name, self.config, sum(size(s) for s in sources)) | own | own_keys(self.metadata)
+
+    def vocabulary(self) -> Vocabulary:
+        """The tokenizer as GGUF has it."""
+        return read_vocabulary(self.tokenizer, self.rows, generation_ends(self.model) if self.stop_ids is None else self.stop_ids)
+
+    def say(self, what: str) -> None:
+        """Between two tensors."""
+        if self.progress is not None:
+            self.progress(1, 1, what)
 
 
-def judge_texts(model: nn.Module, adapter: str | None) -> Agree:
+PROVEN = ("logits", "mean KL", "greedy text", "weights")
+"""What a file's report repeats of its parent's: that was compared strictly."""
+MERGED = {
+    "dequantized": "Merged into the de-quantised weights, which are those that the adapter was trained on.",
+    "original": "Merged into the original weights, from before they were quantised for training.",
+}
+
+
+def better(ours: Made, theirs: Made) -> Made:
+    """De-quantised or original, by the rewards that they keep: the original only if it is certainly better."""
+    first, second = (made.graded.totals if made.graded else {} for made in (ours, theirs))
+    gain = compare_totals(first, second)
+    if gain is None:
+        return replace(ours, notes=(*ours.notes, "Chosen without comparing: no held-out rewards."))
+    chosen = theirs if gain.mean - gain.half > 0 else ours
+    means = " against ".join(f"{sum(t.values()) / len(t):.3f}" for t in (first, second))
+    why = "the original is certainly better" if chosen is theirs else "the original is not certainly better"
+    return replace(chosen, notes=(*chosen.notes, f"Held-out reward of the two merges, de-quantised {means} original, difference {gain}: {why}."))
+
+
+def ordered(dtypes: Sequence[DType], parent: DType) -> list[DType]:
+    """The parent's own type last: it gets its name then, and is no longer a parent."""
+    return sorted(dtypes, key=lambda dtype: dtype == parent)
+
+
+def loads(rows: Sequence[Row]) -> bool:
+    """Whether llama.cpp could read the file at all."""
+    return any(row.name == "loads" and row.passed for row in rows)
+
+
+def size(source: Source) -> int:
+    """Entries of a tensor."""
+    count = 1
+    for n in source.shape:
+        count *= n
+    return count
+
+
+def cache_bytes(config: Any) -> int:
+    """Keys and values of one token, in F16."""
+    return int(config.num_hidden_layers) * int(config.num_key_value_heads or config.num_attention_heads) * head_width(config) * 4
+
+
+def judge_texts(model: nn.Module, adapter: str | None, original: Any | None) -> Agree:
     """The model's word on greedy texts."""
 
     def agree(prompts: Sequence[Sequence[int]], written: Sequence[Sequence[int]]) -> list[Parting]:
-        with reference(model, adapter):
+        with reference(model, adapter, original):
             return partings(model, prompts, written)
 
     return agree
-
-
-@contextmanager
-def scratch(path: Path) -> Iterator[Path]:
-    """`path`.tmp, which is gone afterwards however this ends, unless it has been renamed."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        yield temporary
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def settle(temporary: Path, path: Path, report: CheckReport, base: Path | None) -> Export:
-    """A file that passed gets its name, another is put aside under `.failed`; the report lies beside it. UserError for what failed."""
-    final = path if report.passed else path.with_name(path.name + ".failed")
-    beside = final.with_name(final.name + ".check.json")
-    beside.write_text(replace(report, file=final.name).to_json(), encoding="utf-8")
-    temporary.replace(final)
-    if not report.passed:
-        raise UserError(f"{final.name} does not say what the trained model says ({report.failures()}): do not use it, the report is {beside}")
-    return Export(path, report, beside, base)
-
-
-def generation_ends(model: nn.Module) -> list[int]:
-    """Every end token of the live generation config."""
-    ends = getattr(getattr(causal_lm(model), "generation_config", None), "eos_token_id", None)
-    return [] if ends is None else [int(i) for i in ends] if isinstance(ends, list) else [int(ends)]
-
-
-def origin_keys(config: Any) -> dict[str, Value]:
-    """Which model this one was made from, as far as its configuration tells."""
-    origin = str(getattr(config, "_name_or_path", "") or "")
-    if not origin:
-        return {}
-    keys: dict[str, Value] = {"general.base_model.count": 1, "general.base_model.0.name": Path(origin).name}
-    if origin.count("/") == 1 and not Path(origin).exists():  # a hub id, not a folder
-        keys["general.base_model.0.repo_url"] = f"https://huggingface.co/{origin}"
-    return keys
-
-
-def own_keys(metadata: Mapping[str, int | float | bool | str] | None) -> dict[str, Value]:
-    """The caller's facts under `localrl.`; loaders pass over keys they do not know. Empty strings cannot be told and are left out."""
-    return {"localrl.version": __version__, **{f"localrl.{key}": value for key, value in (metadata or {}).items() if value != ""}}
 
 
 def require_gguf(path: Path) -> None:

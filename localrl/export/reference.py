@@ -10,16 +10,17 @@ The model is never put into eval mode: bitsandbytes would repack 4-bit weights i
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from localrl.export.families import context_length
-from localrl.export.weights import base_reader, causal_lm, lora_of, row_blocks, shape_of, stored
+from localrl.export.weights import Reader, base_reader, causal_lm, lora_of, row_blocks, shape_of, stored
 
 FLOATS = 2**25
 """Logits kept for the comparison in all: positions x vocabulary (128 MiB in fp32)."""
@@ -81,17 +82,24 @@ def is_on(model: nn.Module, adapter: str) -> bool:
     return all(list(layer.active_adapters) == [adapter] and not layer.disable_adapters for layer in layers)
 
 
+Original = Callable[[str], Reader]
+"""A module's name within the transformers model -> the rows of its weight from before it was quantised."""
+
+
 @contextmanager
-def exact(model: nn.Module, adapter: str | None) -> Iterator[None]:
+def exact(model: nn.Module, adapter: str | None, original: Original | None = None) -> Iterator[None]:
     """Within it the model's forward pass is fp32, with W + scaling * B A for `adapter` (None: W alone), whatever PEFT has active.
 
+    `original`: where W comes from, if not from the live model.
     Only the `forward` attributes of linear layers and embeddings change, and they are put back.
     """
     lm = causal_lm(model)
-    leaves = [m for name, m in lm.named_modules() if isinstance(stored(m), nn.Linear | nn.Embedding) and not inside_lora(name)]
+    named = {name: m for name, m in lm.named_modules() if isinstance(stored(m), nn.Linear | nn.Embedding) and not inside_lora(name)}
+    leaves = list(named.values())
     before = {id(m): vars(m).get("forward") for m in leaves}
-    for module in leaves:
-        module.forward = embed(module) if isinstance(stored(module), nn.Embedding) else linear(module, adapter)
+    for name, module in named.items():
+        open_base = partial(base_reader, module) if original is None else partial(original, name)
+        module.forward = embed(open_base) if isinstance(stored(module), nn.Embedding) else linear(module, adapter, open_base)
     try:
         yield
     finally:
@@ -103,12 +111,12 @@ def exact(model: nn.Module, adapter: str | None) -> Iterator[None]:
 
 
 @contextmanager
-def reference(model: nn.Module, adapter: str | None) -> Iterator[None]:
+def reference(model: nn.Module, adapter: str | None, original: Original | None = None) -> Iterator[None]:
     """Within it the model is the one to compare with: as it stands where that is fp32 and this adapter is on, else `exact`."""
-    if adapter is not None and is_on(model, adapter) and computes_in_fp32(model):
+    if original is None and adapter is not None and is_on(model, adapter) and computes_in_fp32(model):
         yield
     else:
-        with exact(model, adapter):
+        with exact(model, adapter, original):
             yield
 
 
@@ -117,19 +125,22 @@ def inside_lora(name: str) -> bool:
     return any(part == "base_layer" or part.startswith("lora_") for part in name.split("."))
 
 
-def embed(module: nn.Module) -> Any:
+def embed(open_base: Callable[[], Reader]) -> Any:
     """Forward of an embedding in fp32."""
-    weight: Any = stored(module).weight
-    return lambda ids: weight.detach()[ids].float()
+
+    def forward(ids: Tensor) -> Tensor:
+        return open_base()(ids.reshape(-1)).to(ids.device).reshape(*ids.shape, -1)
+
+    return forward
 
 
-def linear(module: nn.Module, adapter: str | None) -> Any:
-    """Forward of a linear layer in fp32, unmerged: x W' + scaling * (x A') B' + bias."""
+def linear(module: nn.Module, adapter: str | None, open_base: Callable[[], Reader]) -> Any:
+    """Forward of a linear layer in fp32, unmerged: x W' + scaling * (x A') B' + bias. The reader lives for one call, as a 4-bit weight's must."""
     bias, lora = getattr(stored(module), "bias", None), lora_of(module, adapter)
 
     def forward(x: Tensor) -> Tensor:
-        read = base_reader(module)
-        y = torch.cat([x.float() @ read(rows).T for rows in row_blocks(shape_of(module))], -1)
+        read = open_base()
+        y = torch.cat([x.float() @ read(rows).to(x.device).T for rows in row_blocks(shape_of(module))], -1)
         if lora is not None:
             a, b, scaling = lora
             y = y + scaling * (x.float() @ a.float().T @ b.float().T)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gguf import GGUFReader
+from gguf import GGUFReader, GGUFWriter
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from localrl.export import Sample, check_exportable, export
@@ -27,6 +28,14 @@ def undo_interleaving(path: Path) -> None:
             rows = tensor.data
             heads = {"q": 4, "k": 2}[tensor.name[len("blk.0.attn_")]]
             rows[:] = rows.reshape(heads, len(rows) // heads // 2, 2, -1).swapaxes(1, 2).reshape(rows.shape).copy()
+
+
+def undo_interleaving_q8(path: Path) -> None:
+    """The same in a quantised file: whole rows change places."""
+    for tensor in GGUFReader(path, "r+").tensors:
+        if tensor.name.endswith("attn_q.weight"):
+            rows = tensor.data
+            rows[:] = rows.reshape(4, len(rows) // 8, 2, -1).swapaxes(1, 2).reshape(rows.shape).copy()
 
 
 def flip_bytes(path: Path) -> None:
@@ -74,55 +83,127 @@ def cut_short(path: Path) -> None:
         stream.truncate(path.stat().st_size // 2)
 
 
-@pytest.mark.parametrize(
-    ("damage", "named"),
-    [
-        (undo_interleaving, "mean KL"),
-        (flip_bytes, "logits"),
-        (wrong_epsilon, "mean KL"),
-        (wrong_eos, "end tokens"),
-        (other_token, "tokens"),
-        (other_template, "chat template"),
-        (no_gguf, "loads"),
-        (cut_short, "loads"),
-    ],
-)
+def other_place(path: Path) -> None:
+    """A template that is off by a line break, at its end, where rendering hardly shows it."""
+    rewrite(path, "tokenizer.chat_template", lambda text: text + "\n")
+
+
+def first_line(path: Path) -> None:
+    """A template that is off by a line break within each message."""
+    rewrite(path, "tokenizer.chat_template", lambda text: text.replace("<|im_end|>\n", "<|im_end|>"))
+
+
+def beginning(path: Path) -> None:
+    """A beginning that nobody asked for."""
+    field = GGUFReader(path, "r+").fields["tokenizer.ggml.add_bos_token"]
+    field.parts[field.data[0]][0] = True
+
+
+def rewrite(path: Path, key: str, change: Callable[[str], str]) -> None:
+    """The same file with one string changed, which may be longer or shorter."""
+    reader = GGUFReader(path)
+    copy = path.with_name("rewritten")
+    writer = GGUFWriter(copy, reader.fields["general.architecture"].contents())
+    for field in reader.fields.values():
+        if field.name.startswith("GGUF.") or field.name == "general.architecture":
+            continue
+        value = field.contents()
+        kind, inner = field.types[0], field.types[1] if len(field.types) > 1 else None
+        writer.add_key_value(field.name, change(value) if field.name == key else value, kind, inner)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    copy.replace(path)
+
+
+def plant(damage: Damage, file: Path, at: int = 1) -> Callable[[int, int, str], None]:
+    """A progress that damages `file` just before the `at`-th check."""
+    checks: list[str] = []
+
+    def interfere(done: int, total: int, name: str) -> None:
+        if name == "self-check":
+            checks.append(name)
+            if len(checks) == at:
+                damage(file)
+
+    return interfere
+
+
+FAULTS = [
+    (undo_interleaving, "mean KL"),
+    (flip_bytes, "logits"),
+    (flip_bytes, "weights"),
+    (wrong_epsilon, "mean KL"),
+    (wrong_eos, "end tokens"),
+    (wrong_eos, "special tokens"),
+    (beginning, "special tokens"),
+    (other_token, "tokens"),
+    (other_template, "chat template"),
+    (other_place, "stored template"),
+    (first_line, "chat template"),
+    (no_gguf, "loads"),
+    (cut_short, "loads"),
+]
+
+
+@pytest.mark.parametrize(("damage", "named"), FAULTS)
 def test_a_damaged_file_is_caught_and_put_aside(damage: Damage, named: str, live: Live, samples: Samples, tmp_path: Path) -> None:
     model, tokenizer = live("llama", "none", tie_word_embeddings=True)
-
-    def interfere(done: int, total: int, name: str) -> None:
-        if name == "self-check":
-            damage(tmp_path / "model-merged-f32.gguf.tmp")
-
+    fault = plant(damage, tmp_path / "model-merged-f32.gguf.tmp")
     with pytest.raises(UserError, match=named):
-        export(model, tokenizer, tmp_path, what="merged", dtype="f32", samples=samples(tokenizer), progress=interfere)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["model-merged-f32.gguf.failed", "model-merged-f32.gguf.failed.check.json"]
-    report = json.loads((tmp_path / "model-merged-f32.gguf.failed.check.json").read_text())
+        export(model, tokenizer, tmp_path, what="merged", dtype="f32", samples=samples(tokenizer), progress=fault)
+    name = "model-merged-f32.gguf.failed"
+    assert sorted(p.name for p in tmp_path.iterdir()) == [name, f"{name}.check.json", f"{name}.check.md"]
+    report = json.loads((tmp_path / f"{name}.check.json").read_text())
     assert report["passed"] is False
+    assert report["sha256"] == hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
     assert named in [row["name"] for row in report["checks"] if not row["passed"]]
+    assert f"| FAILED {named} |" in (tmp_path / f"{name}.check.md").read_text()
 
 
-def test_damage_shows_in_q8_0_as_well(live: Live, samples: Samples, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("damage", "named"), [(undo_interleaving_q8, "weights"), (flip_bytes, "weights"), (wrong_eos, "end tokens"), (cut_short, "loads")])
+def test_damage_that_comes_with_quantising_shows_as_well(damage: Damage, named: str, live: Live, samples: Samples, tmp_path: Path) -> None:
     model, tokenizer = live("llama", "none", tie_word_embeddings=True)
+    fault = plant(damage, tmp_path / "model-merged-q8_0.gguf.tmp", at=2)
+    with pytest.raises(UserError, match=named):
+        export(model, tokenizer, tmp_path, what="merged", dtype="q8_0", samples=samples(tokenizer), progress=fault)
+    assert {p.name for p in tmp_path.glob("*.failed")} == {"model-merged-q8_0.gguf.failed"}
+    assert not list(tmp_path.glob("*.gguf")) and not list(tmp_path.glob("*.tmp"))
 
-    def interfere(done: int, total: int, name: str) -> None:
-        if name == "self-check":
-            undo_interleaving(tmp_path / "model-merged-q8_0.gguf.tmp")
 
+def scaled_twice(path: Path) -> None:
+    """An adapter's alpha as PEFT's configuration has it, while its scaling lies in B already: what rsLoRA and patterns come to elsewhere."""
+    field = GGUFReader(path, "r+").fields["adapter.lora.alpha"]
+    field.parts[field.data[0]][0] = 16.0
+
+
+@pytest.mark.parametrize("dtype", ["f32", "q8_0"])
+def test_an_adapter_of_the_wrong_scale_is_caught(dtype: Any, live: Live, samples: Samples, tmp_path: Path) -> None:
+    model, tokenizer = live("llama", "none", lora={"use_rslora": True})
+    fault = plant(scaled_twice, tmp_path / f"model-adapter-{dtype}.gguf.tmp", at=2 if dtype == "f32" else 3)
     with pytest.raises(UserError, match="mean KL"):
-        export(model, tokenizer, tmp_path, what="merged", dtype="q8_0", samples=samples(tokenizer), progress=interfere)
+        export(model, tokenizer, tmp_path, what="adapter", dtype=dtype, samples=samples(tokenizer), progress=fault)
+    assert {p.name for p in tmp_path.glob("*.gguf*") if p.suffix in (".gguf", ".failed")} == {
+        f"model-base-{dtype}.gguf", f"model-adapter-{dtype}.gguf.failed",
+    }  # fmt: skip
 
 
-@pytest.mark.parametrize("at", ["blk.0.attn_v.weight", "self-check"])
-def test_cancelled_leaves_nothing(at: str, live: Live, samples: Samples, tmp_path: Path) -> None:
+@pytest.mark.parametrize("at", ["blk.0.attn_v.weight", 1, 2])
+def test_cancelled_leaves_nothing(at: str | int, live: Live, samples: Samples, tmp_path: Path) -> None:
+    """While it writes, before the parent's check, and before that of what was made from it."""
     model, tokenizer = live("llama", "nf4")
+    seen: list[str] = []
 
     def cancel(done: int, total: int, name: str) -> None:
-        if name == at:
+        seen.append(name)
+        if name == at or seen.count("self-check") == at:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        export(model, tokenizer, tmp_path, what="merged", dtype="f16", samples=samples(tokenizer), progress=cancel)
+        export(model, tokenizer, tmp_path / "new", what="merged", dtype="f16", samples=samples(tokenizer), progress=cancel)
     assert list(tmp_path.iterdir()) == []
 
 
