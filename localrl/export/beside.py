@@ -73,7 +73,7 @@ def write_beside(path: Path, base: Path | None) -> None:
     told = Told.of(base or path)
     relative = path.name if base is None else os.path.relpath(base, path.parent)
     text = modelfile(
-        relative, None if base is None else path.name, recognise(told.render) if told.template else None, adds_bos=told.adds_bos, ends=told.ends,
+        relative, None if base is None else path.name, recognise(told.render, told.bos) if told.template else None, adds_bos=told.adds_bos, ends=told.ends,
         parameters={"temperature": f"{told.temperature:g}", "num_ctx": str(told.context)}, licence=told.licence,
     )  # fmt: skip
     write_whole(path.with_suffix(".Modelfile"), text)

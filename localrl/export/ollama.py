@@ -96,18 +96,18 @@ class Recognised:
     default_system: str
 
 
-def recognise(render: Render) -> Recognised | None:
-    """The format of a chat template, by what it renders."""
+def recognise(render: Render, bos: str) -> Recognised | None:
+    """The format of a chat template, by what it renders. `bos`: with which a dialogue may begin."""
     shown = [render(messages) for messages in DIALOGUES]
     for kind in FORMATS:
         found = matches(kind, shown)
-        if found is not None:
+        if found is not None and found.begin in ("", bos):  # anything else in front may be a date
             return found
     return None
 
 
 def matches(kind: Format, shown: Sequence[str | None]) -> Recognised | None:
-    """Whether a format renders the dialogues so, but for a fixed beginning and a system prompt where the dialogue has none."""
+    """Whether a format renders the dialogues so, but for its beginning and a system prompt where the dialogue has none."""
     wanted = [kind.render(messages) for messages in DIALOGUES]
     if shown[0] is None or shown[1] is None or [w is None for w in wanted] != [s is None for s in shown]:
         return None
