@@ -14,12 +14,13 @@ from localrl.engines.sampling import stream_keys, uniforms
 from localrl.engines.stops import end_tokens
 from localrl.engines.torch import TorchEngine
 from localrl.evaluate import EVAL_VERSION, Evaluation, evaluate
-from localrl.export import DType, Export, HeldOut, Merge, Sample, What, export_all, require_llama_cpp
+from localrl.export import DType, Export, HeldOut, Merge, Original, Sample, What, export_all, require_llama_cpp
 from localrl.folder import find_checkpoint, read_run, verify_checkpoint
 from localrl.policy.adapters import using
+from localrl.policy.place import model_path
 from localrl.policy.policy import Policy
 from localrl.prepare import Prepared, open_rewards, prepare
-from localrl.provenance import provenance
+from localrl.provenance import local_folder, provenance
 from localrl.record import Display
 from localrl.rewards import Rewards
 from localrl.settings import UserError
@@ -69,8 +70,8 @@ def evaluate_run(path: Path, display: Display, overrides: Sequence[str], base: b
 
 
 def export_run(path: Path, display: Display, *, what: str, dtype: str, out: Path | None = None) -> Export:
-    """One file in one type; see `export_files`."""
-    return export_files(path, display, what=what, dtypes=[dtype], out=out)[0]
+    """One file in one type, merged into the weights that were trained on; see `export_files`."""
+    return export_files(path, display, what=what, dtypes=[dtype], merge="dequantized", out=out)[0]
 
 
 def export_files(
@@ -86,7 +87,7 @@ def export_files(
     require_llama_cpp()
     trained = load_trained(path, display)
     run, data = trained.prepared.run, trained.prepared.data
-    chosen, original = _merge(trained, cast(Merge, merge), what, display)
+    original = _original(trained, what, merge, display)
     with open_rewards(run, data) as rewards:
         held_out, samples = _answers(trained, rewards, display, scored=what != "base")
         display.phase("export")
@@ -94,15 +95,25 @@ def export_files(
             trained.policy.model, trained.policy.tokenizer, out or trained.folder / "export",
             what=cast(What, what), dtypes=[cast(DType, dtype) for dtype in dtypes], name=run.name, samples=samples,
             metadata=provenance(run, trained.folder, trained.checkpoint, data.eval), stop_ids=_stop_ids(trained),
-            progress=_Announced(display), held_out=held_out, merge=chosen, original=original,
+            progress=_Announced(display), held_out=held_out, merge=cast(Merge, merge), original=original,
         )  # fmt: skip
 
 
-def _merge(trained: Trained, merge: Merge, what: str, display: Display) -> tuple[Merge, Any]:
-    """Into which weights, and where the original ones are. A base that was not quantised has only one kind."""
-    if what != "merged" or trained.prepared.run.model.quantization == "none":
-        return "dequantized", None
-    return "dequantized", None
+def _original(trained: Trained, what: str, merge: str, display: Display) -> Original | None:
+    """The weights from before they were quantised, where there are such and they are wanted. UserError if they were asked for by name and are not there."""
+    run = trained.prepared.run
+    if what != "merged" or merge == "dequantized" or run.model.quantization == "none":
+        return None
+    folder = local_folder(model_path(run.model), run.model.revision)
+    try:
+        if folder is None:
+            raise UserError(f"the original weights of {run.model.path} are not on this machine: merge = 'dequantized'")
+        return Original.of(folder)
+    except UserError as error:
+        if merge == "original":
+            raise
+        display.say(f"merged into the de-quantised weights without comparing: {error}")
+        return None
 
 
 def _answers(trained: Trained, rewards: Rewards | None, display: Display, *, scored: bool) -> tuple[HeldOut | None, list[Sample]]:

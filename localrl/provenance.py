@@ -27,10 +27,9 @@ def provenance(run: Run, folder: Path, checkpoint: Path, held_out: Sequence[Prom
 
 def model_facts(run: Run) -> dict[str, Fact]:
     """Name, origin, licence, and how it was sampled in training: the file's own defaults."""
-    origin = model_path(run.model)
     name = base_name(run)
     _, organization, basename, *_ = Metadata.get_model_id_components(name)
-    card = model_card(origin)
+    card = model_card(model_path(run.model), run.model.revision)
     licence = re.search(r"^license:\s*[\"']?([\w.+-]+)", card, re.MULTILINE)
     labels = ", ".join(spec.label for spec in run.rewards.functions) or "those of a log"
     found: dict[str, Fact] = {
@@ -60,7 +59,7 @@ def run_facts(run: Run, folder: Path, checkpoint: Path, held_out: Sequence[Promp
     """The run's own: enough to make it again, and to see whether two files are of the same."""
     return {
         "run": folder.name, "checkpoint": checkpoint.name, "steps": step_of(checkpoint), "algorithm": run.algorithm.name, "seed": run.seed,
-        "base": base_name(run), "base.sha256": base_hash(model_path(run.model)), "quantization": run.model.quantization,
+        "base": base_name(run), "base.sha256": base_hash(model_path(run.model), run.model.revision), "quantization": run.model.quantization,
         "adapter.sha256": adapter_hash(checkpoint), "eval.sha256": prompts_hash(held_out), "eval.prompts": len(held_out),
         "stop": list(run.rollout.stop), "exported": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
@@ -101,13 +100,13 @@ def adapter_hash(checkpoint: Path) -> str:
     return str(json.loads((checkpoint / MANIFEST).read_text())[ADAPTER_FILE])
 
 
-def base_hash(origin: str) -> str:
+def base_hash(origin: str, revision: str | None) -> str:
     """One sha256 over the base's weight files, or empty where they do not lie in a folder or in the hub's cache.
 
     The cache names a file by its sha256, so nothing large is read there.
     """
     digest = hashlib.sha256()
-    files = weight_files(origin)
+    files = weight_files(origin, revision)
     for file in files:
         blob = file.resolve().name
         known = blob if re.fullmatch(r"[0-9a-f]{64}", blob) else sha256(file)
@@ -115,24 +114,24 @@ def base_hash(origin: str) -> str:
     return digest.hexdigest() if files else ""
 
 
-def weight_files(origin: str) -> list[Path]:
+def weight_files(origin: str, revision: str | None) -> list[Path]:
     """The safetensors files of a folder or a cached hub id, in the order of their names."""
-    return sorted(folder.glob("*.safetensors")) if (folder := local_folder(origin)) is not None else []
+    return sorted(folder.glob("*.safetensors")) if (folder := local_folder(origin, revision)) is not None else []
 
 
-def local_folder(origin: str) -> Path | None:
+def local_folder(origin: str, revision: str | None = None) -> Path | None:
     """Where a base lies on this machine; None if only the hub has it."""
     if Path(origin).is_dir():
         return Path(origin)
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(origin, "config.json")
+    found = try_to_load_from_cache(origin, "config.json", revision=revision)
     return Path(found).parent if isinstance(found, str) else None
 
 
-def model_card(origin: str) -> str:
+def model_card(origin: str, revision: str | None) -> str:
     """The front matter of the base's README, as far as it is on this machine; empty otherwise."""
-    folder = local_folder(origin)
+    folder = local_folder(origin, revision)
     readme = folder / "README.md" if folder is not None else None
     if readme is None or not readme.exists():
         return ""

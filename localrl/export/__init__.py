@@ -9,19 +9,20 @@ model, and returns once llama.cpp, in a child process, has tokenised, rendered, 
     tokenizer.py  the live tokenizer as GGUF keys      expected.py       everything that a file will be asked, with the answers
     writer.py     the file                             check.py          what has to agree, how closely; check_worker.py: llama.cpp's side of it
     metadata.py   what it says of itself               tensors.py        the weights within the file, read back
+    original.py   the same from before quantising      beside.py         Modelfile (ollama.py) and README
     exporter.py   the whole way                        heldout.py        the run's own rewards; answer_worker.py: llama.cpp's side of it
     settle.py     a file gets its name, or `.failed`   report.py         what was found
-                                                       beside.py         Modelfile (ollama.py) and README
 """
 
 from localrl.export.exporter import Merge, What, check_exportable, export, export_all, require_llama_cpp
 from localrl.export.heldout import HeldOut
+from localrl.export.original import Original
 from localrl.export.reference import Sample
 from localrl.export.report import CheckReport, Interval, RewardChange, Row
 from localrl.export.settle import Export
 from localrl.export.writer import DType
 
 __all__ = [
-    "CheckReport", "DType", "Export", "HeldOut", "Interval", "Merge", "RewardChange", "Row", "Sample", "What", "check_exportable", "export", "export_all",
-    "require_llama_cpp",
+    "CheckReport", "DType", "Export", "HeldOut", "Interval", "Merge", "Original", "RewardChange", "Row", "Sample", "What", "check_exportable", "export",
+    "export_all", "require_llama_cpp",
 ]  # fmt: skip

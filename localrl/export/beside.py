@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import jinja2
 from gguf import GGUFReader
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from localrl.export.ollama import Messages, modelfile, recognise
 from localrl.export.report import CheckReport, Interval, RewardChange, Row
@@ -60,11 +62,14 @@ class Told:
 
     def render(self, messages: Messages) -> str | None:
         """A dialogue by the template within the file; None where it refuses."""
-        from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+        def refuse(text: str) -> None:
+            raise jinja2.TemplateError(text)
 
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        named = {"bos_token": self.bos, "eos_token": self.eos, "raise_exception": refuse, "strftime_now": lambda form: time.strftime(form)}
         try:
-            return str(Jinja2ChatFormatter(self.template, eos_token=self.eos, bos_token=self.bos)(messages=messages).prompt)
-        except (jinja2.TemplateError, ValueError):
+            return environment.from_string(self.template).render(messages=messages, add_generation_prompt=True, **named)
+        except jinja2.TemplateError:
             return None
 
 

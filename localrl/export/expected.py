@@ -12,8 +12,9 @@ import jinja2
 from gguf import TokenType
 from torch import nn
 
+from localrl.export.original import Original
 from localrl.export.probes import DIALOGUES, PROBES
-from localrl.export.reference import GREEDY, Asked, Original, Sample, ask, computes_in_fp32, divergence, is_on, reference, room
+from localrl.export.reference import GREEDY, Asked, Sample, ask, computes_in_fp32, divergence, is_on, reference, room
 from localrl.export.tokenizer import Vocabulary, template_of
 from localrl.settings import UserError
 

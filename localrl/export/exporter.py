@@ -21,13 +21,14 @@ from localrl.export.expected import Expected, expect
 from localrl.export.families import Value, family_of, head_width, hyperparameters
 from localrl.export.heldout import Graded, HeldOut, compare_totals, grade
 from localrl.export.metadata import general_keys, generation_ends, own_keys
+from localrl.export.original import Original, any_quantised, merged_sources
 from localrl.export.quantised import quantize
 from localrl.export.reference import Parting, Sample, partings, reference
 from localrl.export.report import CheckReport, Row
 from localrl.export.settle import CHECKS, ROOM, Export, scratch, settle
 from localrl.export.tensors import Weights, against_model, against_parent, fallbacks
 from localrl.export.tokenizer import Vocabulary, read_vocabulary
-from localrl.export.weights import Source, adapter_sources, causal_lm, check_lora, check_model, model_sources, shape_of
+from localrl.export.weights import Source, adapter_sources, causal_lm, check_lora, check_model, shape_of
 from localrl.export.writer import F16_MAX, FILE_TYPES, DType, Progress, write
 from localrl.settings import UserError
 
@@ -55,9 +56,26 @@ def require_llama_cpp() -> None:
         raise UserError('exports are checked with llama-cpp-python, which is missing: CMAKE_ARGS="-DLLAVA_BUILD=OFF" pip install "localrl[chat]"')
 
 
-def export(model: nn.Module, tokenizer: Any, out_dir: Path, *, what: What, dtype: DType, samples: Sequence[Sample], **options: Any) -> Export:
-    """One file in one type; the rest as in `export_all`."""
-    return export_all(model, tokenizer, out_dir, what=what, dtypes=[dtype], samples=samples, **options)[0]
+def export(
+    model: nn.Module,
+    tokenizer: Any,
+    out_dir: Path,
+    *,
+    what: What,
+    dtype: DType,
+    samples: Sequence[Sample],
+    name: str = "model",
+    adapter: str = "policy",
+    base: Path | None = None,
+    metadata: Mapping[str, Value] | None = None,
+    stop_ids: Sequence[int] | None = None,
+    progress: Progress | None = None,
+) -> Export:
+    """One file in one type, without rewards; everything as in `export_all`."""
+    return export_all(
+        model, tokenizer, out_dir, what=what, dtypes=[dtype], samples=samples, name=name, adapter=adapter, base=base, metadata=metadata,
+        stop_ids=stop_ids, progress=progress,
+    )[0]  # fmt: skip
 
 
 def export_all(
@@ -76,7 +94,7 @@ def export_all(
     progress: Progress | None = None,
     held_out: HeldOut | None = None,
     merge: Merge = "dequantized",
-    original: Any | None = None,
+    original: Original | None = None,
 ) -> list[Export]:
     """Write GGUFs of the live model and return once llama.cpp has been seen to agree with it; the model is only read.
 
@@ -136,7 +154,7 @@ class Job:
     stop_ids: Sequence[int] | None
     progress: Progress | None
     held_out: HeldOut | None
-    original: Any | None
+    original: Original | None
     start: float = field(default_factory=perf_counter)
 
     @property
@@ -174,19 +192,22 @@ class Job:
 
     def parent(self, stack: ExitStack, what: str, adapter: str | None, dtypes: Sequence[DType], merge: Merge) -> Made:
         """The file that all others are made from, proven. Of two ways to merge, the one that keeps more of the reward."""
-        if merge == "dequantized" or adapter is None:
-            return self.first(stack, what, adapter, dtypes, None, "dequantized")
-        if self.original is None:
-            raise UserError(f"merge = '{merge}' needs the original weights, and they were not given: merge = 'dequantized'")
+        if adapter is None or not any_quantised(self.model):
+            return self.first(stack, what, adapter, dtypes, None, "only")
+        if merge == "original" and self.original is None:
+            raise UserError("merge = 'original' needs the original weights, and they were not given: merge = 'dequantized'")
+        if merge == "dequantized" or self.original is None:
+            made = self.first(stack, what, adapter, dtypes, None, "dequantized")
+            return made if merge == "dequantized" else replace(made, notes=(*made.notes, "The original weights are not at hand: not compared with them."))
         if merge == "original":
             return self.first(stack, what, adapter, dtypes, self.original, "original")
         ours = self.first(stack, what, adapter, dtypes, None, "dequantized")
         theirs = self.first(stack, f"{what}-original", adapter, dtypes, self.original, "original")
         return better(self.graded(ours), self.graded(theirs))
 
-    def first(self, stack: ExitStack, what: str, adapter: str | None, dtypes: Sequence[DType], original: Any, merge: str) -> Made:
+    def first(self, stack: ExitStack, what: str, adapter: str | None, dtypes: Sequence[DType], original: Original | None, merge: str) -> Made:
         """A parent, written and compared strictly. One that fails is put aside, and that is the end of it."""
-        sources = model_sources(self.model, adapter) if original is None else model_sources(self.model, adapter, original=original)
+        sources = merged_sources(self.model, adapter, original)
         dtype: DType = "f32" if sum(size(s) for s in sources) <= LARGE or "f32" in dtypes else "f16"
         vocabulary = self.vocabulary()
         keys = self.keys("model", dtype, sources) | hyperparameters(self.config, self.rows) | dict(vocabulary.keys)
@@ -301,6 +322,7 @@ class Job:
 PROVEN = ("logits", "mean KL", "greedy text", "weights")
 """What a file's report repeats of its parent's: that was compared strictly."""
 MERGED = {
+    "only": "The base is not quantised: there is only one way to merge.",
     "dequantized": "Merged into the de-quantised weights, which are those that the adapter was trained on.",
     "original": "Merged into the original weights, from before they were quantised for training.",
 }
@@ -341,7 +363,7 @@ def cache_bytes(config: Any) -> int:
     return int(config.num_hidden_layers) * int(config.num_key_value_heads or config.num_attention_heads) * head_width(config) * 4
 
 
-def judge_texts(model: nn.Module, adapter: str | None, original: Any | None) -> Agree:
+def judge_texts(model: nn.Module, adapter: str | None, original: Original | None) -> Agree:
     """The model's word on greedy texts."""
 
     def agree(prompts: Sequence[Sequence[int]], written: Sequence[Sequence[int]]) -> list[Parting]:

@@ -20,12 +20,15 @@ import torch
 from torch import Tensor, nn
 
 from localrl.export.families import context_length
+from localrl.export.original import Original, is_quantised
 from localrl.export.weights import Reader, base_reader, causal_lm, lora_of, row_blocks, shape_of, stored
 
 FLOATS = 2**25
 """Logits kept for the comparison in all: positions x vocabulary (128 MiB in fp32)."""
 SAMPLES = 16
-"""Most samples whose logits are compared: an 8B file on two cores takes minutes for them."""
+"""Most samples whose logits are compared."""
+WORK = 2**44
+"""Most tokens x parameters of them, but at least two samples: 2,000 tokens of an 8B model, which a file on two cores reads in minutes."""
 LONGEST = 512
 """Most tokens of a sample that are looked at."""
 GREEDY = 16
@@ -82,15 +85,11 @@ def is_on(model: nn.Module, adapter: str) -> bool:
     return all(list(layer.active_adapters) == [adapter] and not layer.disable_adapters for layer in layers)
 
 
-Original = Callable[[str], Reader]
-"""A module's name within the transformers model -> the rows of its weight from before it was quantised."""
-
-
 @contextmanager
 def exact(model: nn.Module, adapter: str | None, original: Original | None = None) -> Iterator[None]:
     """Within it the model's forward pass is fp32, with W + scaling * B A for `adapter` (None: W alone), whatever PEFT has active.
 
-    `original`: where W comes from, if not from the live model.
+    `original`: where W comes from, for layers that are quantised in the live model.
     Only the `forward` attributes of linear layers and embeddings change, and they are put back.
     """
     lm = causal_lm(model)
@@ -98,7 +97,7 @@ def exact(model: nn.Module, adapter: str | None, original: Original | None = Non
     leaves = list(named.values())
     before = {id(m): vars(m).get("forward") for m in leaves}
     for name, module in named.items():
-        open_base = partial(base_reader, module) if original is None else partial(original, name)
+        open_base = partial(original, name) if original is not None and is_quantised(module) else partial(base_reader, module)
         module.forward = embed(open_base) if isinstance(stored(module), nn.Embedding) else linear(module, adapter, open_base)
     try:
         yield
@@ -160,11 +159,21 @@ def last_logits(model: nn.Module, tokens: Sequence[int], keep: int) -> Tensor:
 
 
 def ask(model: nn.Module, samples: Sequence[Sample], vocabulary: int) -> list[Asked]:
-    """The model's logits on the last positions of the first SAMPLES, as many as FLOATS allows; cut after LONGEST tokens."""
-    samples = samples[:SAMPLES]
+    """The model's logits on the last positions of the first SAMPLES (as many as WORK allows), as many as FLOATS allows; cut after LONGEST tokens."""
+    samples = samples[: few_enough(model, samples)]
     share = max(1, FLOATS // (vocabulary * len(samples)))
     cut = [(*sample.prompt, *sample.response)[: room(model)] for sample in samples]
     return [Asked(tokens, last_logits(model, tokens, min(share, len(tokens)))) for tokens in cut if tokens]
+
+
+def few_enough(model: nn.Module, samples: Sequence[Sample]) -> int:
+    """How many of the samples are asked about."""
+    parameters, tokens = sum(p.numel() for p in causal_lm(model).parameters()), 0
+    for count, sample in enumerate(samples[:SAMPLES]):
+        tokens += min(room(model), len(sample.prompt) + len(sample.response))
+        if count >= 2 and tokens * parameters > WORK:
+            return count
+    return min(len(samples), SAMPLES)
 
 
 def room(model: nn.Module) -> int:

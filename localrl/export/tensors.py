@@ -22,7 +22,7 @@ from localrl.export.weights import Source
 EXACT: Mapping[str, type[Any]] = {"F32": np.float32, "F16": np.float16}
 ROUNDING: Mapping[str, float] = {
     "Q8_0": 0.006, "Q6_K": 0.06, "Q5_K": 0.08, "Q5_0": 0.08, "Q5_1": 0.08, "Q4_K": 0.15, "Q4_0": 0.15, "Q4_1": 0.15, "IQ4_NL": 0.2, "IQ4_XS": 0.2,
-    "Q3_K": 0.35,
+    "Q3_K": 0.35, "Q2_K": 0.6, "IQ3_S": 0.6,
 }  # fmt: skip
 """Most that an entry may move, as a share of the largest entry of its block of 256 (32 where the width has no 256)."""
 ROUNDING_ELSE = 1.0
