@@ -201,9 +201,11 @@ class Job:
             return made if merge == "dequantized" else replace(made, notes=(*made.notes, "The original weights are not at hand: not compared with them."))
         if merge == "original":
             return self.first(stack, what, adapter, dtypes, self.original, "original")
-        ours = self.first(stack, what, adapter, dtypes, None, "dequantized")
+        ours = self.graded(self.first(stack, what, adapter, dtypes, None, "dequantized"))
+        if not ours.passed:  # it is the trained model: to prefer the other one now would hide a fault
+            self.settle(ours, what, self.path(what, ours.dtype))
         theirs = self.first(stack, f"{what}-original", adapter, dtypes, self.original, "original")
-        return better(self.graded(ours), self.graded(theirs))
+        return better(ours, self.graded(theirs))
 
     def first(self, stack: ExitStack, what: str, adapter: str | None, dtypes: Sequence[DType], original: Original | None, merge: str) -> Made:
         """A parent, written and compared strictly. One that fails is put aside, and that is the end of it."""

@@ -286,3 +286,11 @@ def test_a_tokenizer_without_an_end_is_refused(make_model: Callable[..., Path]) 
     tokenizer.eos_token = None
     with pytest.raises(UserError, match="end token"):
         check_exportable(AutoConfig.from_pretrained(folder), {}, tokenizer)
+
+
+def test_types_that_do_not_fit_a_width_are_told(live: Live, samples: Samples, tmp_path: Path) -> None:
+    model, tokenizer = live("llama", "none", intermediate_size=144)
+    done = export(model, tokenizer, tmp_path, what="merged", dtype="q8_0", samples=samples(tokenizer))
+    assert done.report.fallbacks == {f"blk.{i}.ffn_down.weight": "F16" for i in range(2)}
+    assert done.report.types["F16"] == 2
+    assert "2 of them are larger than asked" in done.report.to_markdown()
