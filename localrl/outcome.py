@@ -151,18 +151,20 @@ def _stop_ids(trained: Trained) -> list[int]:
 
 
 class _Announced:
-    """The exporter's progress as a person sees it: phases, and MiB within them."""
+    """The exporter's progress as a person sees it: phases, and MiB or tensors within them."""
 
     def __init__(self, display: Display) -> None:
         self.display, self.phase = display, ""
 
     def __call__(self, done: int, total: int, name: str) -> None:
-        phase = "self-check by llama.cpp" if name == "self-check" else "quantising" if name.startswith("quanti") else "writing"
+        phase = {"self-check": "self-check by llama.cpp", "quantising": "quantising"}.get(name, "writing")
         if phase != self.phase:
             self.display.phase(phase)
         self.phase = phase
-        if total > 1:
+        if phase == "writing":
             self.display.part(-(-done // 2**20), -(-total // 2**20))
+        elif total > 1:
+            self.display.part(done, total)
 
 
 @contextmanager

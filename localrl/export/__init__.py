@@ -4,14 +4,15 @@
 model, and returns once llama.cpp, in a child process, has tokenised, rendered, scored and continued real prompts as the trained model does.
 `check_exportable` asks before training.
 
-    families.py   which models, under which names      probes.py         texts and dialogues on which things are known to part
-    weights.py    the live model as fp32 rows          reference.py      what the trained model says
-    tokenizer.py  the live tokenizer as GGUF keys      expected.py       everything that a file will be asked, with the answers
-    writer.py     the file                             check.py          what has to agree, how closely; check_worker.py: llama.cpp's side of it
-    metadata.py   what it says of itself               tensors.py        the weights within the file, read back
-    original.py   the same from before quantising      beside.py         Modelfile (ollama.py) and README
-    exporter.py   the whole way                        heldout.py        the run's own rewards; answer_worker.py: llama.cpp's side of it
-    settle.py     a file gets its name, or `.failed`   report.py         what was found
+    families.py   which models, under which names      probes.py      texts and dialogues on which things are known to part
+    weights.py    the live model as fp32 rows          reference.py   what the trained model says
+    original.py   the same from before quantising      expected.py    everything that a file will be asked, with the answers
+    tokenizer.py  the live tokenizer as GGUF keys      check.py       what has to agree, how closely; check_worker.py: llama.cpp's side
+    metadata.py   what a file says of itself           tensors.py     the weights within the file, read back
+    writer.py     the file                             heldout.py     the run's own rewards; answer_worker.py: llama.cpp's side
+    quantize.py   smaller types made from it           report.py      what was found
+    exporter.py   the whole way                        settle.py      a file gets its name, or `.failed`
+                                                       beside.py      README and Modelfile (ollama.py)
 """
 
 from localrl.export.exporter import Merge, What, check_exportable, export, export_all, require_llama_cpp

@@ -46,7 +46,7 @@ SMALL = 2**28
 
 MAX_ABS = 1e-4
 """Of an F32 file, times the largest logit if that is above 1."""
-USUAL_KL: Mapping[str, float] = {"f32": 1e-7, "f16": 1e-5, "q8_0": 1e-3, "q6_k": 5e-3, "q5_k_m": 1e-2}
+USUAL_KL: Mapping[str, float] = {"f32": 1e-7, "f16": 1e-5, "q8_0": 1e-3, "q6_k": 5e-3, "q5_k_m": 1e-2, "q4_0": 5e-2, "q3_k_m": 1e-1}
 """Mean KL, nats, of files that are as they should be."""
 USUAL_KL_ELSE = 3e-2
 REFUSED = 10.0

@@ -22,7 +22,7 @@ from localrl.export.families import Value, family_of, head_width, hyperparameter
 from localrl.export.heldout import Graded, HeldOut, compare_totals, grade
 from localrl.export.metadata import general_keys, generation_ends, own_keys
 from localrl.export.original import Original, any_quantised, merged_sources
-from localrl.export.quantised import quantize
+from localrl.export.quantize import quantize
 from localrl.export.reference import Parting, Sample, partings, reference
 from localrl.export.report import CheckReport, Row
 from localrl.export.settle import CHECKS, ROOM, Export, scratch, settle

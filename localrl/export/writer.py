@@ -16,8 +16,8 @@ from localrl.export.families import Value
 from localrl.export.weights import Source
 from localrl.settings import UserError
 
-DType = Literal["f32", "f16", "q8_0"]
-"""What matrices are written as. Norms, biases and rotary factors are always F32."""
+DType = Literal["f32", "f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q3_k_m", "q4_0", "iq4_xs"]
+"""What matrices are written as. Norms, biases and rotary factors are always F32. From q6_k on only llama.cpp's quantiser writes them."""
 
 Progress = Callable[[int, int, str], None]
 """(bytes done, bytes in all, name of the tensor just written)."""
@@ -27,7 +27,9 @@ TYPES: Mapping[DType, GGMLQuantizationType] = {
     "f16": GGMLQuantizationType.F16,
     "q8_0": GGMLQuantizationType.Q8_0,
 }
-FILE_TYPES: Mapping[DType, int] = {"f32": 0, "f16": 1, "q8_0": 7}
+FILE_TYPES: Mapping[DType, int] = {
+    "f32": 0, "f16": 1, "q8_0": 7, "q6_k": 18, "q5_k_m": 17, "q4_k_m": 15, "q3_k_m": 12, "q4_0": 2, "iq4_xs": 30,
+}  # fmt: skip
 """general.file_type, what most of the file is."""
 
 F16_MAX = 65504.0

@@ -73,7 +73,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def files(run: Path) -> list[Export]:
     """Three types from one parent."""
-    return export_files(run, Silent(), dtypes=["f16", "f32", "q8_0"])
+    return export_files(run, Silent(), dtypes=["q4_k_m", "f32", "q8_0"], merge="dequantized")
 
 
 def fields(path: Path) -> dict[str, Any]:
@@ -81,10 +81,10 @@ def fields(path: Path) -> dict[str, Any]:
 
 
 def test_several_types_come_from_one_parent_which_stays_only_if_asked_for(run: Path, files: list[Export], tmp_path: Path) -> None:
-    assert {file.path.name for file in files} == {f"demo-merged-{t}.gguf" for t in ("f16", "f32", "q8_0")}
+    assert {file.path.name for file in files} == {f"demo-merged-{t}.gguf" for t in ("q4_k_m", "f32", "q8_0")}
     assert {p.name for p in (run / "export").glob("*.gguf*") if p.suffix == ".gguf"} == {file.path.name for file in files}
     display = Silent()
-    small = export_files(run, display, dtypes=["q8_0"], out=tmp_path)
+    small = export_files(run, display, dtypes=["q8_0"], merge="dequantized", out=tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {
         "demo-merged-q8_0.gguf", "demo-merged-q8_0.gguf.check.json", "demo-merged-q8_0.Modelfile", "README.md",
     }  # fmt: skip
@@ -112,6 +112,9 @@ def test_every_weight_is_hashed(files: list[Export]) -> None:
     assert all(len(digest) == 64 for digest in first.source.values())
     assert all(dict(report.source) == dict(first.source) for report in others), "of the trained weights, not of the file"
     assert all(sum(report.types.values()) == len(report.source) == 39 for report in (first, *others))
+    small = next(file.report for file in files if file.report.dtype == "q4_k_m")
+    assert set(small.fallbacks.values()) == {"Q5_0", "Q8_0"}, "widths of 128 and 384 are no multiples of 256"
+    assert "larger than asked" in small.to_markdown()
 
 
 def test_the_file_says_where_it_comes_from(run: Path, files: list[Export]) -> None:
@@ -204,13 +207,13 @@ def test_cancelled_among_the_answers_leaves_nothing(run: Path, tmp_path: Path) -
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        export_files(run, Silent(cancel), dtypes=["q8_0"], out=tmp_path)
+        export_files(run, Silent(cancel), dtypes=["q8_0"], merge="dequantized", out=tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_ctrl_c_while_llama_cpp_looks_at_the_file(run: Path, tmp_path: Path) -> None:
     """A real signal to a real process, while its child is at work: exit code 130, no file, no child."""
-    command = [sys.executable, "-m", "localrl.cli", "export", str(run), "--type", "q8_0", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "localrl.cli", "export", str(run), "--type", "q8_0", "--merge", "dequantized", "--out", str(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
     worker: psutil.Process | None = None
     end = time.monotonic() + 120
@@ -227,12 +230,12 @@ def test_ctrl_c_while_llama_cpp_looks_at_the_file(run: Path, tmp_path: Path) -> 
 
 def test_the_command_ends_with_tables_and_what_comes_next(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(sys, "argv", ["localrl", "export", str(run), "--type", "q8_0,f16", "--out", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["localrl", "export", str(run), "--type", "q8_0,q5_k_m", "--out", str(tmp_path)])
     with pytest.raises(SystemExit) as end:
         main()
     assert not end.value.code
     out = capsys.readouterr().out
-    for words in ("self-check of demo-merged-q8_0.gguf: passed", "self-check of demo-merged-f16.gguf", "localrl chat", "localrl compare", "README.md"):
+    for words in ("self-check of demo-merged-q8_0.gguf: passed", "self-check of demo-merged-q5_k_m.gguf", "localrl chat", "localrl compare", "README.md"):
         assert words in out
     assert out.index("done:") > out.index("replies end"), "nothing says done before it passed"
     for wrong, words in ((["--type", "q9"], "q9"), (["--what", "all"], "all"), (["--merge", "both"], "both")):

@@ -262,8 +262,8 @@ def test_live_models_are_looked_at_too(live: Live, samples: Samples, tmp_path: P
         export(model, tokenizer, tmp_path, what="merged", dtype="f32", samples=samples(tokenizer), adapter="critic")
     with pytest.raises(UserError, match="on prompts"):
         export(model, tokenizer, tmp_path, what="merged", dtype="f32", samples=[])
-    with pytest.raises(UserError, match="q4_k"):
-        export(model, tokenizer, tmp_path, what="merged", dtype="q4_k", samples=samples(tokenizer))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="q4_x"):
+        export(model, tokenizer, tmp_path, what="merged", dtype="q4_x", samples=samples(tokenizer))  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -294,3 +294,28 @@ def test_types_that_do_not_fit_a_width_are_told(live: Live, samples: Samples, tm
     assert done.report.fallbacks == {f"blk.{i}.ffn_down.weight": "F16" for i in range(2)}
     assert done.report.types["F16"] == 2
     assert "2 of them are larger than asked" in done.report.to_markdown()
+
+
+@pytest.mark.parametrize("dtype", ["q6_k", "q4_k_m", "iq4_xs"])
+def test_k_quants_pass_and_a_flipped_byte_in_one_does_not(dtype: Any, live: Live, samples: Samples, tmp_path: Path) -> None:
+    model, tokenizer = live("llama", "none", hidden_size=256, intermediate_size=256, initializer_range=0.05)
+    told = samples(tokenizer)
+    done = export(model, tokenizer, tmp_path, what="merged", dtype=dtype, samples=told)
+    assert not done.report.fallbacks
+    kind = {"q6_k": "Q6_K", "q4_k_m": "Q4_K", "iq4_xs": "IQ4_XS"}[dtype]
+    assert done.report.types[kind] >= 6
+    fault = plant(flip_bytes, tmp_path / f"model-merged-{dtype}.gguf.tmp", at=2)
+    with pytest.raises(UserError, match=r"weights: 20 of 21 within .* first: blk\.1\.ffn_up\.weight"):
+        export(model, tokenizer, tmp_path, what="merged", dtype=dtype, samples=told, progress=fault)
+
+
+def test_cancelled_while_llama_cpp_quantises(live: Live, samples: Samples, tmp_path: Path) -> None:
+    model, tokenizer = live("llama", "nf4")
+
+    def cancel(done: int, total: int, name: str) -> None:
+        if name == "quantising" and done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export(model, tokenizer, tmp_path, what="merged", dtype="q5_k_m", samples=samples(tokenizer), progress=cancel)
+    assert list(tmp_path.iterdir()) == []
