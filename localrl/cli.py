@@ -52,6 +52,11 @@ Overrides = Annotated[
 ]
 Preset = Annotated[str | None, typer.Option("--preset", "-p", help="One of `localrl presets`.")]
 Config = Annotated[Path | None, typer.Option("--config", "-c", help="A TOML file; on top of the preset.")]
+Temperature = Annotated[float, typer.Option("--temperature", help="0: always the likeliest token.")]
+TopP = Annotated[float, typer.Option("--top-p", help="Keep the likeliest tokens that together have this probability.")]
+TopK = Annotated[int, typer.Option("--top-k", help="Keep this many of the likeliest tokens; 0: all.")]
+MinP = Annotated[float, typer.Option("--min-p", help="Keep tokens at least this share as likely as the likeliest.")]
+Context = Annotated[int, typer.Option("--context", help="Tokens of conversation and reply together, at most what the model was trained for.")]
 RunPath = Annotated[Path, typer.Argument(help="Run folder, or one of its checkpoint-N folders.", show_default=False)]
 
 
@@ -199,38 +204,103 @@ def export(
 
 @app.command()
 def chat(
-    model: Annotated[Path, typer.Argument(help="GGUF file, or a run folder (its newest export).")],
+    model: Annotated[Path, typer.Argument(help="GGUF file (an adapter finds its base beside it), or a run or checkpoint folder: its newest export.")],
     adapter: Annotated[Path | None, typer.Option("--adapter", help="Adapter GGUF on top of a base GGUF.")] = None,
     system: Annotated[str | None, typer.Option("--system", help="System prompt.")] = None,
-    temperature: Annotated[float, typer.Option(min=0)] = 0.7,
+    temperature: Temperature = 0.7,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    min_p: MinP = 0.0,
+    max_tokens: Annotated[int, typer.Option(help="Longest reply.")] = 512,
+    stop: Annotated[list[str] | None, typer.Option("--stop", help="A string that ends a reply; may be given several times.")] = None,
     seed: Annotated[int, typer.Option()] = 0,
-    max_tokens: Annotated[int, typer.Option(min=1)] = 512,
+    context: Context = 4096,
     prompt: Annotated[str | None, typer.Option("--prompt", help="Ask this one thing and leave.")] = None,
 ) -> None:
-    """Talk to an exported model through llama.cpp. /reset starts afresh, /undo takes the last turn back, /quit leaves."""
-    from localrl.talk import talk
+    """Talk to an exported model through llama.cpp. /help lists what can be said inside: /set temperature 0.7, /regenerate, /save FILE, ..."""
+    from localrl.chat import Chat
+    from localrl.engines.llama_cpp import LlamaModel, Sampling
+    from localrl.exports import find
+    from localrl.talk import Talk
 
-    talk(console, _gguf_of(model), adapter, system=system, temperature=temperature, seed=seed, max_tokens=max_tokens, prompt=prompt)
+    sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, max_tokens=max_tokens, stop=tuple(stop or ()))
+    files = find(model, adapter)
+    with LlamaModel(files.model, files.adapter, n_ctx=context) as opened:
+        talk = Talk(console, Chat(opened, system=system, sampling=sampling, seed=seed))
+        if prompt is not None:
+            talk.answer(prompt)
+            return
+        for line in (files.note, f"{files.label}, {opened.n_ctx} tokens of context. /help tells what else can be said, /quit leaves"):
+            if line:
+                _say(line)
+        talk.run()
 
 
 @app.command()
 def compare(
-    path: Annotated[Path, typer.Argument(help="Run folder with an export, for prompts and rewards.")],
+    path: Annotated[Path, typer.Argument(help="Run folder, or one of its checkpoint-N folders: its prompts, its rewards.", show_default=False)],
+    what: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[WHAT]...", show_default=False,
+            help="base, trained, checkpoint-N, checkpoints (all), a GGUF file, another run's folder; by default base and trained.",
+        ),
+    ] = None,
+    also: Annotated[list[str] | None, typer.Option("--with", help="One more of these, beside the others; may be given several times.")] = None,
     prompts: Annotated[int, typer.Option("--prompts", help="Held-out prompts to answer.", min=1)] = 8,
-    temperature: Annotated[float, typer.Option(min=0)] = 0.0,
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", help="Ask this instead; may be given several times.")] = None,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    min_p: MinP = 0.0,
+    max_tokens: Annotated[int | None, typer.Option(help="Longest answer; by default as in training.", show_default=False, min=1)] = None,
     seed: Annotated[int, typer.Option()] = 0,
     out: Annotated[Path | None, typer.Option("--out", help="Also write the rows as JSONL.")] = None,
+    html: Annotated[Path | None, typer.Option("--html", help="Also write one self-contained page.")] = None,
 ) -> None:
-    """Base against trained, the same held-out prompts and seed, rewards beside each answer; through llama.cpp."""
-    from localrl.comparison import compare_run
-    from localrl.display import Progress
-    from localrl.talk import comparison_table
+    """Models side by side: the same prompts and seeds, the run's own rewards beside each answer; through llama.cpp.
 
+    Adapters of several checkpoints share one loaded base. What is not exported yet is exported first. Examples:
+
+      localrl compare runs/x base checkpoint-20 checkpoint-40 --prompts 32
+
+      localrl compare runs/x --with runs/x/export/x-merged-q8_0.gguf --with runs/y --html side-by-side.html
+    """
+    from localrl.comparison import compare_run, comparison_table, page, summary_table
+    from localrl.display import Progress
+    from localrl.engines.llama_cpp import Sampling
+    from localrl.folder import find_checkpoint, read_run
+
+    rollout = read_run(find_checkpoint(path)[0]).rollout
+    longest = max_tokens or rollout.max_completion_length
+    sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, max_tokens=longest, stop=rollout.stop)
     with Progress(console) as display:
-        rows, names = compare_run(path, display, count=prompts, temperature=temperature, seed=seed)
-    console.print(comparison_table(rows, names))
+        found = compare_run(path, display, names=what or (), also=also or (), count=prompts, texts=prompt or (), sampling=sampling, seed=seed)
+    console.print(comparison_table(found))
+    console.print(summary_table(found))
     if out is not None:
-        out.write_text("".join(json.dumps(row.to_dict(), ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        _write(out, "".join(json.dumps(row.to_dict(), ensure_ascii=False) + "\n" for row in found.rows))
+    if html is not None:
+        _write(html, page(found))
+
+
+@app.command()
+def serve(
+    model: Annotated[Path, typer.Argument(help="GGUF file (an adapter finds its base beside it), or a run or checkpoint folder: its newest export.")],
+    adapter: Annotated[Path | None, typer.Option("--adapter", help="Adapter GGUF on top of a base GGUF.")] = None,
+    host: Annotated[str, typer.Option("--host", help="Address to listen on; any but this machine's own wants --api-key.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", help="0: a free one.", min=0, max=65535)] = 0,
+    api_key: Annotated[str | None, typer.Option("--api-key", envvar="LOCALRL_API_KEY", help="What clients must send as their key.")] = None,
+    context: Context = 4096,
+) -> None:
+    """Answer as OpenAI's API does (/v1/chat/completions, /v1/completions, /v1/models), on this machine alone unless told otherwise. Ctrl-C ends it."""
+    from localrl.exports import find
+    from localrl.serve import serve as run
+
+    files = find(model, adapter)
+    if files.note:
+        _say(files.note)
+    run(files, host=host, port=port, key=api_key, context=context, say=_say)
 
 
 @app.command()
@@ -279,14 +349,12 @@ def demo(
     run_demo(console, out, seed, overrides or [])
 
 
-def _gguf_of(path: Path) -> Path:
-    """A GGUF file itself, or a run folder's newest export."""
-    if path.is_dir():
-        found = sorted((path / "export").glob("*merged*.gguf"), key=lambda p: p.stat().st_mtime)
-        if not found:
-            raise UserError(f"{path} holds no exported model: run `localrl export {path}` first")
-        return found[-1]
-    return path
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}): name another file") from None
+    _say(f"written: {path}")
 
 
 def _show_settings() -> None:

@@ -20,17 +20,17 @@ FLOORS = [
     {"config"},
     {"folder", "memory", "metrics", "health", "evaluate", "buffer"},
     {"policy", "engines", "export"},
-    {"train", "chat", "doctor", "display", "plots"},
+    {"train", "chat", "doctor", "display", "plots", "exports"},
     {"simulate"},
     {"planning"},
-    {"record", "talk", "prepare", "probe", "provenance"},
+    {"record", "talk", "serve", "prepare", "probe", "provenance"},
     {"run"},
     {"outcome"},
     {"comparison"},
     {"demo"},
     {"cli"},
 ]
-NEIGHBOURS = {("algebra", "batch"), ("engines", "policy"), ("policy", "engines"), ("export", "policy"), ("memory", "folder"), ("metrics", "memory")}
+NEIGHBOURS = {("algebra", "batch"), ("engines", "policy"), ("policy", "engines"), ("engines", "export"), ("export", "policy"), ("memory", "folder"), ("metrics", "memory")}
 
 
 def room(path: Path) -> str:

@@ -9,14 +9,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from localrl.comparison import compare_run
+from localrl.comparison import compare_run, comparison_table
 from localrl.config import load_run
 from localrl.display import Progress
+from localrl.engines.llama_cpp import Sampling
 from localrl.folder import read_lines
 from localrl.outcome import export_run
 from localrl.plots import curves
 from localrl.run import next_folder, train_run
-from localrl.talk import comparison_table
 
 COMPARED = 4
 """Questions shown side by side."""
@@ -33,9 +33,10 @@ def run_demo(console: Console, out: Path | None, seed: int, overrides: Sequence[
         path = train_run(run, display)
     with Progress(console) as display:
         files = [export_run(path, display, what=what, dtype="f16").path for what in ("adapter", "merged")]
-        rows, names = compare_run(path, display, count=COMPARED, temperature=1.0, seed=seed)
+        sampling = Sampling(max_tokens=run.rollout.max_completion_length, stop=run.rollout.stop)
+        compared = compare_run(path, display, count=COMPARED, sampling=sampling, seed=seed)
     picture = curves(path, f"localrl demo: {run.algorithm.name.upper()} on a 1 M Llama in {run.model.quantization.upper()}")
-    console.print(comparison_table(rows, names))
+    console.print(comparison_table(compared))
     console.print(before_and_after(path))
     for label, file in (("curves", picture), ("adapter", files[0]), ("merged model", files[1])):
         console.print(f"{label:>13}  {_short(file)}", highlight=False, soft_wrap=True)

@@ -1,8 +1,7 @@
 """A GGUF file that talks: llama.cpp through llama-cpp-python, for chat and for comparing.
 
-A file is first opened in a child process, because a bad one aborts the interpreter that holds it. Prompts are rendered by the template
-within the file. Not for several threads at once, and not beside torch's threads at work: both spin while they wait, and each starves the
-other.
+A file is first opened in a child process (`files`). Prompts are rendered by the template within the file. Adapters are exchanged on the
+loaded base. Not for several threads at once, and not beside torch's threads at work: both spin while they wait, and each starves the other.
 
 Left out: sampling many rows at a time (rollouts need that, chat does not), and truncation after tempering. llama.cpp applies top-k and
 top-p before the temperature, the trainer after it; at temperature 1 there is no difference.
@@ -12,13 +11,9 @@ from __future__ import annotations
 
 import codecs
 import ctypes
-import json
-import re
-import subprocess
-import sys
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -26,24 +21,12 @@ from typing import Any, Self
 import psutil
 
 from localrl.batch import Message
+from localrl.engines.files import probe
 from localrl.settings import UserError
 
-PROBE = """
-import ctypes, json, sys, llama_cpp
-model = llama_cpp.Llama(sys.argv[1], n_ctx=32, n_batch=32, n_threads=1, n_threads_batch=1)
-if len(sys.argv) > 2:
-    adapter = llama_cpp.llama_adapter_lora_init(model.model, sys.argv[2].encode())
-    if not adapter:
-        sys.exit("failed to fit the adapter")
-    if llama_cpp.llama_set_adapters_lora(model.ctx, (llama_cpp.llama_adapter_lora_p_ctypes * 1)(adapter), 1, (ctypes.c_float * 1)(1.0)):
-        sys.exit("failed to apply the adapter")
-model.eval(model.tokenize(b"Hello", add_bos=True, special=True)[:8] or [0])
-print(json.dumps({"context": model._model.n_ctx_train()}))
-"""
-"""What the child does: load, tokenise, compute. It tells for how long a context the model was trained."""
 
-PROBE_SECONDS = 1800.0
-INSTALL = 'CMAKE_ARGS="-DLLAVA_BUILD=OFF" pip install "localrl[chat]"'
+class TooLong(UserError):
+    """A prompt that leaves no room for a reply."""
 
 
 @dataclass(frozen=True)
@@ -55,23 +38,36 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     """0: off."""
+    min_p: float = 0.0
+    """Least probability that is kept, as a share of the likeliest token's. 0: off."""
     max_tokens: int = 512
     stop: tuple[str, ...] = ()
     """Strings that end a reply, beside the file's own end tokens; they are not part of its text."""
+
+    def __post_init__(self) -> None:
+        """UserError for a value out of its range."""
+        for name, low, high in (("temperature", 0.0, 100.0), ("top_p", 0.0, 1.0), ("min_p", 0.0, 1.0), ("top_k", 0, 2**31), ("max_tokens", 1, 2**31)):
+            value = getattr(self, name)
+            if not low <= value <= high:                             # NaN, too
+                raise UserError(f"{name} = {value}: it lies between {low:g} and {high:g}")
+        if "" in self.stop:
+            raise UserError("stop = '': a stop string has at least one character")
 
 
 @dataclass
 class Reply:
     """A reply while it is being written: iterate to get its text piece by piece, then read what it was."""
 
-    pieces: Iterator[str]
+    pieces: Generator[str, None, None]
     prompt_tokens: int
     tokens: list[int] = field(default_factory=list)
     """As sampled, the end token included."""
     text: str = ""
     """So far, without special tokens."""
     done: bool = False
-    """It ended by itself, not at the length limit."""
+    """It ended by itself, not at a limit."""
+    full: bool = False
+    """It ended because the context is used up."""
     seconds: float = 0.0
     """From the first call to the last token, reading the prompt included."""
 
@@ -93,22 +89,24 @@ class Reply:
 class LlamaModel:
     """One loaded GGUF, with an adapter on top if given."""
 
-    def __init__(self, path: Path, adapter: Path | None = None, *, n_ctx: int = 4096, threads: int | None = None) -> None:
-        """`n_ctx`: tokens of prompt and reply together, at most what the model was trained for. `threads`: None for what is free.
+    def __init__(
+        self, path: Path, adapter: Path | None = None, *, others: Sequence[Path] = (), n_ctx: int = 4096, threads: int | None = None
+    ) -> None:
+        """`others`: adapters that will be attached later, looked at now. `n_ctx`: tokens of prompt and reply together, at most what the model
+        was trained for. `threads`: None for what is free.
 
-        UserError if llama-cpp-python is missing, a file is no GGUF, llama.cpp refuses it, or the adapter does not fit.
+        UserError if llama-cpp-python is missing, a file is no GGUF, llama.cpp refuses it, or an adapter does not fit.
         """
-        try:
-            import llama_cpp
-            from llama_cpp.llama_chat_format import Jinja2ChatFormatter
-        except ImportError:
-            raise UserError(f"chatting needs llama-cpp-python, which is not installed: {INSTALL}") from None
-        for file in (path, adapter):
-            if file is not None:
-                require_gguf(file)
+        if n_ctx < 2:
+            raise UserError(f"a context of {n_ctx} tokens holds no prompt and reply: at least 2")
+        self._probed = {*([adapter] if adapter else []), *others}
         self.path, self.adapter = path, adapter
-        self._writing: Reply | None = None  # there is one context: a reply ends where the next begins
-        self.n_ctx = min(n_ctx, probe(path, adapter))
+        self.n_ctx = min(n_ctx, probe(path, sorted(self._probed)))
+        import llama_cpp
+        from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+        self._writing: Reply | None = None                           # there is one context: a reply ends where the next begins
+        self._handle: Any = None                                     # of the adapter
         cores = threads or free_cores()
         self._cpp: Any = llama_cpp
         self._formatter: Any = Jinja2ChatFormatter
@@ -121,18 +119,30 @@ class LlamaModel:
             n_gpu_layers=-1,
             verbose=False,
         )
-        self._free = weakref.finalize(self, self._loaded.close)  # at the latest before the interpreter takes itself apart
+        self._free = weakref.finalize(self, self._loaded.close)      # at the latest before the interpreter takes itself apart
         if adapter is not None:
-            self._attach(adapter)
+            self.attach(adapter)
 
-    def _attach(self, adapter: Path) -> None:
-        """The adapter belongs to the model from here on, and is freed with it. (llama_cpp's own lora_path gives up memory mapping.)"""
-        handle = self._cpp.llama_adapter_lora_init(self._llama.model, str(adapter).encode())
-        if not handle:
+    def attach(self, adapter: Path | None) -> None:
+        """Another adapter on the loaded base, or none. What was computed with the one before is forgotten.
+
+        The new one is made and set before the old one is freed: llama.cpp tells adapters apart by their address, and the other way round
+        the new one may get the old one's, be taken for it, and be computed with memory that is gone. (llama_cpp's own lora_path gives up
+        memory mapping.) UserError if it does not fit.
+        """
+        if adapter is not None and adapter not in self._probed:
+            probe(self.path, [adapter])
+            self._probed.add(adapter)
+        new = None if adapter is None else self._cpp.llama_adapter_lora_init(self._llama.model, str(adapter).encode())
+        if adapter is not None and not new:
             raise UserError(f"{adapter} does not fit {self.path}: take the base GGUF that was exported with it")
-        self._handles = (self._cpp.llama_adapter_lora_p_ctypes * 1)(handle), (ctypes.c_float * 1)(1.0)
-        if self._cpp.llama_set_adapters_lora(self._llama.ctx, self._handles[0], 1, self._handles[1]):
+        handles = None if new is None else (self._cpp.llama_adapter_lora_p_ctypes * 1)(new)
+        if self._cpp.llama_set_adapters_lora(self._llama.ctx, handles, int(new is not None), (ctypes.c_float * 1)(1.0)):
             raise UserError(f"llama.cpp could not apply {adapter} to {self.path}: export it again")
+        if self._handle is not None:
+            self._cpp.llama_adapter_lora_free(self._handle)
+        self._handle, self.adapter, self._writing = new, adapter, None
+        self._llama.reset()
 
     @property
     def _llama(self) -> Any:
@@ -190,22 +200,26 @@ class LlamaModel:
     def complete(self, prompt: str | Sequence[int], sampling: Sampling | None = None, seed: int = 0, *, fresh: bool = True) -> Reply:
         """What follows a text or token ids. `fresh`: nothing is kept from before, the same arguments give the same reply.
 
-        UserError if the prompt leaves no room.
+        TooLong if the prompt leaves no room.
         """
         tokens = self.tokenize(prompt, whole=True) if isinstance(prompt, str) else list(prompt)
-        if not tokens or len(tokens) >= self.n_ctx:
-            raise UserError(f"a prompt of {len(tokens)} tokens does not fit a context of {self.n_ctx}: shorten it (at least 1), or raise n_ctx")
-        reply = Reply(iter(()), len(tokens))
+        self.check_room(len(tokens))
+        reply = Reply((_ for _ in ()), len(tokens))
         reply.pieces = self._write(reply, tokens, sampling or Sampling(), seed, fresh)
         return reply
 
-    def _write(self, reply: Reply, prompt: list[int], sampling: Sampling, seed: int, fresh: bool) -> Iterator[str]:
+    def check_room(self, tokens: int) -> None:
+        """TooLong if a prompt of so many tokens leaves no room for a reply."""
+        if not 1 <= tokens < self.n_ctx:
+            raise TooLong(f"a prompt of {tokens} tokens does not fit a context of {self.n_ctx}: it may hold 1 to {self.n_ctx - 1}")
+
+    def _write(self, reply: Reply, prompt: list[int], sampling: Sampling, seed: int, fresh: bool) -> Generator[str, None, None]:
         start, self._writing = time.perf_counter(), reply
         if fresh:
             self._llama.reset()
         self._llama.set_seed(seed)
         stream = self._llama.generate(
-            prompt, temp=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k, min_p=0.0, typical_p=1.0, repeat_penalty=1.0
+            prompt, temp=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k, min_p=sampling.min_p, typical_p=1.0, repeat_penalty=1.0
         )
         held, decoder = Held(sampling.stop), codecs.getincrementaldecoder("utf-8")("replace")
         room = min(sampling.max_tokens, self.n_ctx - len(prompt))
@@ -224,6 +238,7 @@ class LlamaModel:
                 reply.text += text
                 yield text
         stream.close()
+        reply.full = not reply.done and len(prompt) + len(reply.tokens) >= self.n_ctx
         if rest := held.rest(decoder.decode(b"", final=True)):
             reply.text += rest
             yield rest
@@ -259,27 +274,3 @@ class Held:
 def free_cores() -> int:
     """Physical cores that nobody is using, 8 at most: threads that share a core with others wait for each other, spinning."""
     return max(1, min(8, psutil.cpu_count(logical=False) or 1) - round(psutil.getloadavg()[0]))
-
-
-def require_gguf(path: Path) -> None:
-    """UserError unless this is a GGUF file by its first bytes: llama.cpp is not shown anything else."""
-    if not path.is_file():
-        raise UserError(f"no file {path}: export one with `localrl export`")
-    if path.suffix == ".failed":
-        raise UserError(f"{path} did not pass its self-check and may say anything: export again, the report lies beside it")
-    with path.open("rb") as stream:
-        if stream.read(4) != b"GGUF":
-            raise UserError(f"{path} is not a GGUF file: export one with `localrl export`")
-
-
-def probe(path: Path, adapter: Path | None) -> int:
-    """Open the files in a child process. -> tokens of context the model was trained for; UserError with llama.cpp's reason otherwise."""
-    command = [sys.executable, "-P", "-c", PROBE, str(path), *([str(adapter)] if adapter else [])]
-    child = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=PROBE_SECONDS, check=False)
-    if child.returncode == 0:
-        return int(json.loads(child.stdout.splitlines()[-1])["context"])
-    said = [line.strip() for line in child.stderr.splitlines() if re.search("error|failed|assert", line, re.IGNORECASE)]
-    reason = said[0][:200] if said else f"exit code {child.returncode}"
-    if adapter is not None and "adapter" in " ".join(said):
-        raise UserError(f"llama.cpp cannot put {adapter} on {path} ({reason}): an adapter needs the very base it was exported with")
-    raise UserError(f"llama.cpp cannot load {path} ({reason}): export it again (an adapter is not a model, it goes on top of its base)")
