@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import torch
 from rich.console import Console
 
 from localrl import allocator, doctor
-from localrl.doctor import diagnose, gpu, show
+from localrl.doctor import diagnose, gpu, llama, show
 from localrl.doctor.finding import Finding
 from localrl.memory.reality import remember
 
@@ -41,8 +42,9 @@ def test_a_check_that_fails_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> Non
     def broken() -> list[Finding]:
         raise RuntimeError("no such luck\nand more")
 
-    for check in ("_four_bit", "_llama", "_processor"):             # slow ones too: this is about the others
+    for check in ("_four_bit", "_processor"):                       # slow ones too: this is about the others
         monkeypatch.setattr(doctor, check, broken)
+    monkeypatch.setattr(llama, "findings", broken)
     monkeypatch.setattr(gpu, "cards", broken)
     findings = diagnose()
     failed = named(findings, "4-bit training")
@@ -66,18 +68,39 @@ def test_missing_and_unknown_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {f.name: f.verdict for f in found}["peft"] == "bad" and "pip install peft" in named(found, "peft").meaning
     assert named(found, "torch").verdict == "warn" and named(found, "bitsandbytes").verdict == "bad"
     assert "math-verify" in named(found, "optional libraries").value and "jsonschema" not in named(found, "optional libraries").value
-    (llama,) = doctor._llama()
-    assert llama.verdict == "warn" and "pip install" in llama.meaning
 
 
-def test_a_llama_cpp_that_kills_its_process_does_not_kill_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_version", lambda name: "0.3.36")
-    monkeypatch.setattr(doctor, "ASK_LLAMA", "import os; os.abort()")
-    (finding,) = doctor._llama()
+def test_llama_cpp_is_asked_and_timed(findings: list[Finding]) -> None:
+    what, fast = named(findings, "llama.cpp"), named(findings, "llama.cpp's speed")
+    assert what.verdict == fast.verdict == "ok"
+    assert re.match(r"0\.3\.\d+ \(llama\.cpp .+\), (CPU|GPU) build", what.value) and "libllama" in what.meaning
+    read, written = (float(number.replace(",", "")) for number in re.findall(r"([\d,]+) tok/s", fast.value))
+    assert read > 1 and written > 1 and "28 million parameters" in fast.meaning
+
+
+def test_without_llama_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llama, "installed", lambda: None)
+    (finding,) = llama.findings()
+    assert finding.verdict == "warn" and "pip install" in finding.meaning
+
+
+def test_a_llama_cpp_that_kills_its_process_does_not_kill_this_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    worker = tmp_path / "worker.py"
+    monkeypatch.setattr(llama, "WORKER", worker)
+    worker.write_text("import os; os.abort()")
+    (finding,) = llama.findings()
     assert finding.verdict == "bad" and "does not load" in finding.value and "--no-binary" in finding.meaning
-    monkeypatch.setattr(doctor, "ASK_LLAMA", 'print(\'{"info": "CPU : AVX2 = 1 | FMA = 1 | SVE = 0 |", "gpu": true}\')')
-    (finding,) = doctor._llama()
-    assert finding.verdict == "ok" and finding.value == "0.3.36, GPU build (AVX2, FMA)"
+    told = {"path": "x", "version": "1", "devices": ["RTX 4080"], "info": "CPU : AVX2 = 1 | FMA = 1 | SVE = 0 |", "gpu": True}
+    worker.write_text(f"import json, sys; print(json.dumps({told})); sys.exit('no such luck')")
+    what, fast = llama.findings()
+    assert what.verdict == "ok" and what.value.endswith("(llama.cpp 1), GPU build (RTX 4080): AVX2, FMA")
+    assert fast.verdict == "bad" and "while computing: no such luck" in fast.value
+    worker.write_text(f"import json; print(json.dumps({told | {'gpu': False, 'info': 'CPU : REPACK = 1 |'}}))")
+    assert llama.findings()[0].verdict == "warn"
+    worker.write_text("import time; time.sleep(30)")
+    monkeypatch.setattr(llama, "SECONDS", 0.2)
+    (finding,) = llama.findings()
+    assert finding.verdict == "bad" and "no answer" in finding.value
 
 
 def test_other_programs_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

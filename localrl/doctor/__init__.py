@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -16,18 +14,12 @@ from rich.table import Table
 from rich.text import Text
 
 from localrl import allocator
-from localrl.doctor import gpu
+from localrl.doctor import gpu, llama
 from localrl.doctor.finding import Finding, first_line
 from localrl.memory.cards import gib, machine_memory
 
-BUILD_LLAMA = 'CMAKE_ARGS="-DLLAVA_BUILD=OFF" pip install "llama-cpp-python>=0.3.36,<0.4"'
-"""Without the image parts it builds in about three minutes on two cores; it needs a C++ compiler."""
 SMALL_DISK, SMALL_MEMORY = 10 * 2**30, 6 * 2**30
 OPTIONAL = {"math-verify": "the maths reward", "jsonschema": "the JSON schema reward", "pyarrow": "Parquet files", "datasets": "hub data sets"}
-ASK_LLAMA = """
-import json, llama_cpp
-print(json.dumps({"info": llama_cpp.llama_print_system_info().decode(), "gpu": bool(llama_cpp.llama_supports_gpu_offload())}))
-"""
 
 
 def diagnose(folder: Path | None = None) -> list[Finding]:
@@ -42,7 +34,7 @@ def diagnose(folder: Path | None = None) -> list[Finding]:
         "CUDA allocator": gpu.segments,
         "pinned memory": gpu.pinned,
         "lessons on memory": gpu.taught,
-        "llama.cpp": _llama,
+        "llama.cpp": llama.findings,
         "memory": _memory,
         "processor": _processor,
         "AVX512-BF16": _avx,
@@ -61,7 +53,9 @@ def diagnose(folder: Path | None = None) -> list[Finding]:
 
 def show(findings: Sequence[Finding]) -> Table:
     """As a table; the colour and the word say how bad it is."""
-    table = Table("", "what", "found", "what it means", title="localrl doctor", title_justify="left")
+    table = Table("", "what", title="localrl doctor", title_justify="left")
+    for heading in ("found", "what it means"):
+        table.add_column(heading, overflow="fold")                   # an ellipsis is no ASCII
     styles = {"ok": "green", "warn": "yellow", "bad": "bold red"}
     for finding in findings:
         table.add_row(Text(finding.verdict, style=styles[finding.verdict]), Text(finding.name), Text(finding.value), Text(finding.meaning))
@@ -120,22 +114,6 @@ def _four_bit() -> list[Finding]:
         return [Finding("4-bit training", f"works on {device}", "ok", "")]
     meaning = "a quantised layer computes wrongly here, training would learn nothing: reinstall bitsandbytes, or use model.quantization=none"
     return [Finding("4-bit training", f"wrong by {error:.0%} on {device}", "bad", meaning)]
-
-
-def _llama() -> list[Finding]:
-    """Asked in a process of its own: a library built for another processor would take this one down."""
-    here = _version("llama-cpp-python")
-    if here is None:
-        return [Finding("llama.cpp", "not installed", "warn", f"training works; chat, compare and the check of exports need it: {BUILD_LLAMA}")]
-    asked = subprocess.run([sys.executable, "-c", ASK_LLAMA], capture_output=True, text=True, timeout=30, check=False)
-    if asked.returncode:
-        reason = (asked.stderr.strip().splitlines() or [f"ended with code {asked.returncode}"])[-1]
-        meaning = f"chat, compare and the check of exports will not work; build it here: {BUILD_LLAMA} --force-reinstall --no-binary :all: --no-deps"
-        return [Finding("llama.cpp", f"{here}, does not load: {reason[:120]}", "bad", meaning)]
-    told = json.loads(asked.stdout.strip().splitlines()[-1])
-    features = [part.split("=")[0].strip().split(":")[-1].strip() for part in told["info"].split("|") if part.strip().endswith("= 1")]
-    build = "GPU build" if told["gpu"] else "CPU build"
-    return [Finding("llama.cpp", f"{here}, {build} ({', '.join(features)})", "ok", "")]
 
 
 # -- hardware ---------------------------------------------------------------------------------------------------------------------
