@@ -183,23 +183,19 @@ def export(
 
       localrl export runs/mine-0 --what adapter --type q8_0
     """
-    from localrl.display import Work
+    from localrl.display import Work, export_table
     from localrl.outcome import export_files
 
     with Work(console) as display:
         files = export_files(path, display, what=what, dtypes=[t.strip() for t in types.split(",")], merge=merge, out=out)
+    console.print(export_table(files))
+    for note in files[0].report.notes:
+        _say(note)
     for file in files:
-        table = Table("check", "found", "asked for", "", title=f"self-check of {file.path.name}: {file.report.verdict}")
-        for row in file.report.rows():
-            table.add_row(*[escape(cell) for cell in row])
-        console.print(table)
-        for note in file.report.notes:
-            _say(note)
-    for file in files:
-        _say(f"done: {file.path} ({file.report.bytes / 2**20:,.1f} MiB)")
+        _say(f"done: {file.path}")
     _say(f"talk to it: localrl chat {files[0].path}")
     _say(f"beside its base: localrl compare {path}")
-    _say(f"in other programs: {files[0].path.parent / 'README.md'}")
+    _say(f"every check, and how other programs load it: {files[0].path.parent / 'README.md'}")
 
 
 @app.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
@@ -12,7 +13,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+from rich.table import Table
 
+from localrl.export import Export
 from localrl.metrics import most_memory
 
 QUIET_SECONDS = 20.0
@@ -74,6 +77,23 @@ class Work(Progress):
     def part(self, done: int, total: int) -> None:
         """How far the phase is."""
         self._bar.update(self._task, completed=done, total=total)
+
+
+def export_table(files: Sequence[Export]) -> Table:
+    """One exported file with everything that was checked; of several a row each, with what a person chooses by."""
+    if len(files) == 1:
+        report = files[0].report
+        table = Table("check", "found", "asked for", "", title=f"self-check of {files[0].path.name}: {report.verdict}")
+        for row in report.rows():
+            table.add_row(*map(escape, row))
+        return table
+    table = Table("file", "MiB", "KL, nats", "reward of the policy", "of the file", "difference", "self-check")
+    for file in files:
+        report, reward = file.report, file.report.rewards.get("reward")
+        rewards = (str(reward.before), str(reward.after), str(reward.change)) if reward else ("", "", "")
+        size = f"{report.bytes / 2**20:,.1f}"
+        table.add_row(file.path.name, size, f"{report.figures['kl_mean']:.1e}", *rewards, report.verdict)
+    return table
 
 
 def summary(metrics: dict[str, float]) -> str:

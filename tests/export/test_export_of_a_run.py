@@ -25,6 +25,7 @@ from gguf import GGUFReader
 from localrl.batch import Prompt, Request, Rollout
 from localrl.cli import main
 from localrl.config import load_run
+from localrl.display import export_table
 from localrl.export import Export, HeldOut, Interval, RewardChange, Sample, export
 from localrl.export.answer_worker import draw
 from localrl.export.beside import read_report
@@ -161,6 +162,8 @@ def test_what_lies_beside_works_and_can_be_moved(run: Path, files: list[Export],
     snippet = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)[0]
     told = subprocess.run([sys.executable, "-c", snippet.replace("Hello", "What is 12 + 34?")], cwd=moved, capture_output=True, text=True, check=False)
     assert told.returncode == 0, told.stderr
+    table = export_table(files[:1])
+    assert table.row_count == len(files[0].report.checks)
     assert re.search(r"\d", told.stdout)
 
 
@@ -235,9 +238,10 @@ def test_the_command_ends_with_tables_and_what_comes_next(run: Path, tmp_path: P
         main()
     assert not end.value.code
     out = capsys.readouterr().out
-    for words in ("self-check of demo-merged-q8_0.gguf: passed", "self-check of demo-merged-q5_k_m.gguf", "localrl chat", "localrl compare", "README.md"):
+    for words in ("demo-merged-q8_0.gguf", "demo-merged-q5_k_m.gguf", "de-quantised", "localrl chat", "localrl compare", "README.md"):
         assert words in out
-    assert out.index("done:") > out.index("replies end"), "nothing says done before it passed"
+    assert out.count("passed") == 2
+    assert out.index("done:") > out.index("passed"), "nothing says done before it passed"
     for wrong, words in ((["--type", "q9"], "q9"), (["--what", "all"], "all"), (["--merge", "both"], "both")):
         monkeypatch.setattr(sys, "argv", ["localrl", "export", str(run), *wrong])
         with pytest.raises(SystemExit) as end:
