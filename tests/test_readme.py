@@ -78,7 +78,7 @@ def test_the_demo_shortened(shell: Callable[[str], int], tmp_path: Path, capsys:
 
 
 def test_every_command_explains_itself(shell: Callable[[str], int], capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ("", "doctor", "plan", "train", "resume", "eval", "chat", "compare", "export", "presets", "demo"):
+    for command in ("", "doctor", "plan", "train", "resume", "eval", "chat", "compare", "serve", "export", "presets", "demo"):
         assert shell(f"localrl {command} --help") == 0
         assert len(capsys.readouterr().out) > 200
 
