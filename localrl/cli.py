@@ -202,7 +202,7 @@ def export(
 def chat(
     model: Annotated[Path, typer.Argument(help="GGUF file (an adapter finds its base beside it), or a run or checkpoint folder: its newest export.")],
     adapter: Annotated[Path | None, typer.Option("--adapter", help="Adapter GGUF on top of a base GGUF.")] = None,
-    system: Annotated[str | None, typer.Option("--system", help="System prompt.")] = None,
+    system: Annotated[str | None, typer.Option("--system", help="System prompt; by default that of a run's data.")] = None,
     temperature: Temperature = 0.7,
     top_p: TopP = 1.0,
     top_k: TopK = 0,
@@ -222,7 +222,7 @@ def chat(
     sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, max_tokens=max_tokens, stop=tuple(stop or ()))
     files = find(model, adapter)
     with LlamaModel(files.model, files.adapter, n_ctx=context) as opened:
-        talk = Talk(console, Chat(opened, system=system, sampling=sampling, seed=seed))
+        talk = Talk(console, Chat(opened, system=files.system if system is None else system, sampling=sampling, seed=seed))
         if prompt is not None:
             talk.answer(prompt)
             return

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from localrl.engines.files import facts, require_gguf
-from localrl.folder import checkpoints
+from localrl.folder import checkpoints, read_run
 from localrl.settings import UserError
 
 Kind = Literal["merged", "base", "adapter"]
@@ -34,6 +34,8 @@ class Files:
     adapter: Path | None = None
     note: str = ""
     """What a person should know about the choice."""
+    system: str | None = None
+    """The system prompt of the run's data, under which it was trained."""
 
     @property
     def label(self) -> str:
@@ -106,10 +108,10 @@ def _of_folder(path: Path) -> Files:
     merged = [e for e in files if e.kind == "merged"]
     adapters = sorted((e for e in files if e.kind == "adapter"), key=lambda e: (_number(e.checkpoint), e.written))
     base = base_of(folder)
-    if merged:
-        return Files(merged[-1].path, None, "" if one else _outdated(folder, merged[-1]))
-    if adapters and base is not None:
-        return Files(base, adapters[-1].path, "" if one else _outdated(folder, adapters[-1]))
+    if merged or (adapters and base is not None):
+        model, adapter = (merged[-1].path, None) if merged or base is None else (base, adapters[-1].path)
+        system = read_run(folder).data.system_prompt if (folder / "run.toml").exists() else None
+        return Files(model, adapter, "" if one else _outdated(folder, (merged or adapters)[-1]), system)
     if not one and not (folder / "run.toml").exists():
         raise UserError(f"{path} is neither a run folder (it has no run.toml) nor a GGUF file")
     raise UserError(f"{path} holds no exported model: run `localrl export {path}` first")

@@ -59,7 +59,7 @@ def compare_run(
     ready = entries(folder, want)
     prepared = prepare(run, lambda text: None)
     sampling = sampling or Sampling(temperature=0.0, max_tokens=run.rollout.max_completion_length, stop=run.rollout.stop)
-    prompts = _asked(texts) if texts else (prepared.data.eval or prepared.data.train)[:count]
+    prompts = _asked(texts, prepared.data, run.data.system_prompt) if texts else (prepared.data.eval or prepared.data.train)[:count]
     display.phase("answering")
     with ExitStack() as stack:
         judge = _judge(stack, run, prepared.data, display, asked=bool(texts))
@@ -92,8 +92,12 @@ def _judge(stack: ExitStack, run: Run, data: PromptData, display: Display, asked
     return rewards
 
 
-def _asked(texts: Sequence[str]) -> list[Prompt]:
-    return [Prompt(number, (), [{"role": "user", "content": text}]) for number, text in enumerate(texts)]
+def _asked(texts: Sequence[str], data: PromptData, system: str | None) -> list[Prompt]:
+    """In the form of the run's own prompts: plain text, or a chat under its system prompt."""
+    if isinstance(data.train[0].content, str):
+        return [Prompt(number, (), text) for number, text in enumerate(texts)]
+    opening = [{"role": "system", "content": system}] if system else []
+    return [Prompt(number, (), [*opening, {"role": "user", "content": text}]) for number, text in enumerate(texts)]
 
 
 def _export(folder: Path, base_too: bool, lacking: Sequence[Path], display: Display) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
+import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -12,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from localrl.batch import Prompt, Rollout
 from localrl.comparison import Answer, Comparison, Entry, Mean, Row, compare, compare_run, comparison_table, page, summary_table
@@ -126,10 +130,6 @@ def test_a_page_is_only_a_page() -> None:
 
 
 def test_tables_show_every_answer() -> None:
-    import io
-
-    from rich.console import Console
-
     found = made([(1.0, 1.0), (0.0, math.nan)])
     wide = replace(found, rows=tuple(replace(row, answers={f"{k}{n}": v for n in range(3) for k, v in row.answers.items()}) for row in found.rows))
     for comparison in (found, wide):
@@ -175,6 +175,24 @@ def test_questions_of_ones_own(run: Path) -> None:
     found = compare_run(run, display, names=["base"], texts=["What is 1 + 2?"], sampling=Sampling(temperature=0, max_tokens=20))
     assert len(found.rows) == 1 and found.rows[0].question == "What is 1 + 2?" and found.facts["prompts"] == "1 given"
     assert found.names == () and "not scored: reward 'correct' needs the column" in display.said[-1]
+
+
+def test_a_runs_system_prompt_stands_above_chat_and_own_questions(run: Path, shell: Shell, tmp_path: Path) -> None:
+    compare_run(run, Silent(), names=["base", "trained"], count=1)
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    settings = (copy / "run.toml").read_text()
+    (copy / "run.toml").write_text(settings.replace("[data]\n", '[data]\nsystem_prompt = "Add."\n'))
+    assert (find(run).system, find(copy).system) == (None, "Add.")
+    found = compare_run(copy, Silent(), names=["base"], texts=["1 + 2?"], sampling=Sampling(temperature=0, max_tokens=4))
+    assert found.rows[0].prompt.content == [{"role": "system", "content": "Add."}, {"role": "user", "content": "1 + 2?"}]
+    saved = copy / "talk.jsonl"
+    for words, first in (((), "system"), (("--system", ""), "user")):
+        saved.unlink(missing_ok=True)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "stdin", io.StringIO(f"1 + 2?\n/save {saved}\n"))
+            assert shell("chat", str(copy), *words)[0] == 0
+        assert json.loads(saved.read_text())["messages"][0]["role"] == first
 
 
 def test_names_that_stand_for_nothing(run: Path, trained: tuple[Any, Any, Path], tmp_path: Path, shell: Shell) -> None:
