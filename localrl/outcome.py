@@ -84,6 +84,8 @@ def export_files(
     for name, given, known in (("what", [what], get_args(What)), ("type", dtypes, get_args(DType)), ("merge", [merge], get_args(Merge))):
         if strange := [value for value in given if value not in known]:
             raise UserError(f"--{name} {strange[0]}: one of {', '.join(known)}")
+    if merge == "original" and what != "merged":
+        raise UserError(f"--merge original goes with --what merged only: of --what {what} nothing is merged")
     require_llama_cpp()
     trained = load_trained(path, display)
     run, data = trained.prepared.run, trained.prepared.data
@@ -125,7 +127,7 @@ def _answers(trained: Trained, rewards: Rewards | None, display: Display, *, sco
     display.phase("sampling for the self-check")
     if not scored or len(prompts) < 2:
         if scored and run.export.prompts:
-            display.say("no prompts are held out: the file's rewards are not compared (data.holdout, data.eval_path)")
+            display.say(f"rewards are not compared: that takes 2 held-out prompts, there are {len(prompts)} (data.holdout, data.eval_path, export.prompts)")
         some = [Request(prompt) for prompt in (data.eval or data.train)[:SAMPLES]]
         return None, [Sample(a.request.prompt.tokens, a.tokens) for a in engine.generate(some, EVAL_VERSION)]
     sampling = run.rollout.model_copy(update={"temperature": run.eval.temperature, "top_p": 1.0, "top_k": 0, "window": None})

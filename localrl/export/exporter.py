@@ -26,7 +26,7 @@ from localrl.export.quantize import quantize
 from localrl.export.reference import Parting, Sample, partings, reference
 from localrl.export.report import CheckReport, Row
 from localrl.export.settle import CHECKS, ROOM, Export, scratch, settle
-from localrl.export.tensors import Weights, against_model, against_parent, fallbacks
+from localrl.export.tensors import Weights, against_model, against_parent, fallbacks, keys_of, keys_row
 from localrl.export.tokenizer import Vocabulary, read_vocabulary
 from localrl.export.weights import Source, adapter_sources, causal_lm, check_lora, check_model, shape_of
 from localrl.export.writer import F16_MAX, FILE_TYPES, DType, Progress, write
@@ -238,7 +238,8 @@ class Job:
             weights = against_parent(file, parent.file) if loads(rows) else Weights(Row("weights", False, "not read", "all"), {}, {})
             source = replace(weights, source=parent.weights.source)
             proven = tuple(replace(row, name=f"{row.name}, {parent.dtype} parent") for row in parent.rows if row.name in PROVEN)
-            made = replace(parent, file=file, dtype=dtype, rows=(*proven, *rows, weights.row), figures=figures, weights=source, graded=None)
+            keys = (keys_row(file, keys_of(parent.file)),) if loads(rows) else ()
+            made = replace(parent, file=file, dtype=dtype, rows=(*proven, *rows, *keys, weights.row), figures=figures, weights=source, graded=None)
             return self.settle(self.graded(made) if adapter is not None and made.passed else made, what, path)
 
     # -- adapters -----------------------------------------------------------------------------------------------------------
@@ -284,7 +285,8 @@ class Job:
         self.say("self-check")
         rows, figures = check(base or file, file if base else None, expected, agree, limits or dtype, looseness(family_of(self.config).arch))
         weights = against_model(file, sources) if loads(rows) else Weights(Row("weights", False, "not read", "all"), {}, {})
-        return Made(file, dtype, (*rows, weights.row), figures, weights, expected, agree)
+        written = (keys_row(file, keys),) if loads(rows) else ()
+        return Made(file, dtype, (*rows, *written, weights.row), figures, weights, expected, agree)
 
     def graded(self, made: Made, base: Path | None = None) -> Made:
         """With its rewards, if there is anything to compare and that was not done already."""

@@ -26,6 +26,8 @@ ROUNDING: Mapping[str, float] = {
 }  # fmt: skip
 """Most that an entry may move, as a share of the largest entry of its block of 256 (32 where the width has no 256)."""
 ROUNDING_ELSE = 1.0
+CHANGING = frozenset({"general.file_type", "general.quantization_version", "localrl.checks"})
+"""Keys that tell of the file's own type, or of what its check found."""
 BLOCK = 2**22
 """Entries that are looked at at a time."""
 
@@ -80,6 +82,30 @@ def against_parent(file: Path, parent: Path) -> Weights:
     found = f"{len(tensors) - len(wrong)} of {len(tensors)} within their type's rounding"
     detail = f"first: {wrong[0]}" if wrong else f"relative error {np.sqrt(error / max(size, 1e-30)):.2%}"
     return Weights(Row("weights", not wrong, found, "all, entry by entry", detail), kinds(tensors), {})
+
+
+def keys_row(file: Path, wanted: Mapping[str, Any]) -> Row:
+    """Whether every key of the file is as it was meant, but for those that tell of its type: one wrong epsilon hides behind any quantisation."""
+    fields = GGUFReader(file).fields
+    wrong = [key for key, value in wanted.items() if key not in CHANGING and (key not in fields or not alike(fields[key].contents(), value))]
+    count = len(wanted.keys() - CHANGING)
+    return Row("keys", not wrong, f"{count - len(wrong)} of {count} as they were written", "all", f"first: {wrong[0]}" if wrong else "")
+
+
+def keys_of(file: Path) -> dict[str, Any]:
+    """Every key of a file."""
+    return {key: field.contents() for key, field in GGUFReader(file).fields.items() if not key.startswith("GGUF.")}
+
+
+def alike(found: Any, wanted: Any) -> bool:
+    """Equal, where floats are held in 32 bits.
+
+    >>> alike(1e-6, 1e-6), alike([0.10000000149011612], [0.1]), alike(1e-5, 1e-6)
+    (True, True, False)
+    """
+    if isinstance(wanted, list):
+        return isinstance(found, list) and len(found) == len(wanted) and all(map(alike, found, wanted))
+    return bool(np.float32(found) == np.float32(wanted)) if isinstance(wanted, float) else bool(found == wanted)
 
 
 def compare(tensor: Any, before: Any) -> tuple[bool, float, float]:

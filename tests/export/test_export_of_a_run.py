@@ -242,8 +242,9 @@ def test_the_command_ends_with_tables_and_what_comes_next(run: Path, tmp_path: P
         assert words in out
     assert out.count("passed") == 2
     assert out.index("done:") > out.index("passed"), "nothing says done before it passed"
-    for wrong, words in ((["--type", "q9"], "q9"), (["--what", "all"], "all"), (["--merge", "both"], "both")):
-        monkeypatch.setattr(sys, "argv", ["localrl", "export", str(run), *wrong])
+    mistakes = {"--type q9": "q9", "--what all": "all", "--merge both": "both", "--what base --merge original": "merged only"}
+    for wrong, words in mistakes.items():
+        monkeypatch.setattr(sys, "argv", ["localrl", "export", str(run), *wrong.split()])
         with pytest.raises(SystemExit) as end:
             main()
         assert end.value.code == 2

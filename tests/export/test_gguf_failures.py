@@ -137,6 +137,7 @@ FAULTS = [
     (flip_bytes, "logits"),
     (flip_bytes, "weights"),
     (wrong_epsilon, "mean KL"),
+    (wrong_epsilon, "keys"),
     (wrong_eos, "end tokens"),
     (wrong_eos, "special tokens"),
     (beginning, "special tokens"),
@@ -164,7 +165,10 @@ def test_a_damaged_file_is_caught_and_put_aside(damage: Damage, named: str, live
     assert f"| FAILED {named} |" in (tmp_path / f"{name}.check.md").read_text()
 
 
-@pytest.mark.parametrize(("damage", "named"), [(undo_interleaving_q8, "weights"), (flip_bytes, "weights"), (wrong_eos, "end tokens"), (cut_short, "loads")])
+QUANTISED = [(undo_interleaving_q8, "weights"), (flip_bytes, "weights"), (wrong_epsilon, "keys"), (wrong_eos, "end tokens"), (cut_short, "loads")]
+
+
+@pytest.mark.parametrize(("damage", "named"), QUANTISED)
 def test_damage_that_comes_with_quantising_shows_as_well(damage: Damage, named: str, live: Live, samples: Samples, tmp_path: Path) -> None:
     model, tokenizer = live("llama", "none", tie_word_embeddings=True)
     fault = plant(damage, tmp_path / "model-merged-q8_0.gguf.tmp", at=2)
