@@ -107,7 +107,9 @@ def test_settings_that_cannot_be(name: str, text: str, words: str) -> None:
 
 
 def test_adapters_are_exchanged_on_the_loaded_base(trained: tuple[Any, Any, Path], merged: LlamaModel, base: LlamaModel) -> None:
-    """Many times over, for llama.cpp knows adapters by their address: freed before the next one is made, an old one passes for the new one."""
+    """Also for a prompt of one token, which is computed with the graph of the token before if llama.cpp takes the new adapter for the old one.
+
+    It knows them by their address, and gives the address of one that was freed to the next."""
     out = trained[2]
     first, second = out / "model-adapter-f32.gguf", out / "another-adapter-f32.gguf"
     with LlamaModel(out / "model-base-f32.gguf", others=[first, second], threads=1) as model:
@@ -117,10 +119,16 @@ def test_adapters_are_exchanged_on_the_loaded_base(trained: tuple[Any, Any, Path
         other = model.chat(ASK, GREEDY).finish().tokens
         wanted = merged.chat(ASK, GREEDY).finish().tokens
         assert len({tuple(plain), tuple(other), tuple(wanted)}) == 3
+        short = {}
+        for adapter in (None, first, second):
+            with LlamaModel(out / "model-base-f32.gguf", adapter, threads=1) as alone:
+                short[adapter] = alone.complete([70], GREEDY).finish().tokens
+        assert len({tuple(tokens) for tokens in short.values()}) == 3
         for _ in range(10):
             for adapter, tokens in ((first, wanted), (second, other), (first, wanted), (None, plain)):
                 model.attach(adapter)
                 assert model.adapter == adapter
+                assert model.complete([70], GREEDY).finish().tokens == short[adapter]
                 assert model.chat(ASK, GREEDY).finish().tokens == tokens
         begun = model.chat(ASK, GREEDY)
         next(begun.pieces)
