@@ -196,9 +196,11 @@ class Job:
             return self.first(stack, what, adapter, dtypes, None, "only")
         if merge == "original" and self.original is None:
             raise UserError("merge = 'original' needs the original weights, and they were not given: merge = 'dequantized'")
-        if merge == "dequantized" or self.original is None:
+        scored = self.held_out is not None and bool(self.held_out.names)
+        if merge == "dequantized" or self.original is None or (merge == "auto" and not scored):
             made = self.first(stack, what, adapter, dtypes, None, "dequantized")
-            return made if merge == "dequantized" else replace(made, notes=(*made.notes, "The original weights are not at hand: not compared with them."))
+            why = "The original weights are not at hand" if self.original is None else "No held-out rewards"
+            return made if merge == "dequantized" else replace(made, notes=(*made.notes, f"{why}: not compared with a merge into the original weights."))
         if merge == "original":
             return self.first(stack, what, adapter, dtypes, self.original, "original")
         ours = self.graded(self.first(stack, what, adapter, dtypes, None, "dequantized"))
@@ -337,7 +339,7 @@ def better(ours: Made, theirs: Made) -> Made:
     first, second = (made.graded.totals if made.graded else {} for made in (ours, theirs))
     gain = compare_totals(first, second)
     if gain is None:
-        return replace(ours, notes=(*ours.notes, "Chosen without comparing: no held-out rewards."))
+        return replace(ours, notes=(*ours.notes, "Chosen without comparing: too few prompts were answered."))
     chosen = theirs if gain.mean - gain.half > 0 else ours
     means = " against ".join(f"{sum(t.values()) / len(t):.3f}" for t in (first, second))
     why = "the original is certainly better" if chosen is theirs else "the original is not certainly better"

@@ -89,10 +89,17 @@ def test_there_is_only_one_way_where_nothing_is_quantised(live: Live, samples: S
     assert "only one way to merge" in done.report.notes[0]
 
 
-def test_without_the_original_weights_one_is_built_or_nothing(live: Live, samples: Samples, tmp_path: Path) -> None:
+def test_without_rewards_or_the_original_weights_one_is_built_or_nothing(
+    live: Live, samples: Samples, make_model: Callable[..., Path], tmp_path: Path
+) -> None:
     model, tokenizer = live("llama", "nf4")
     (done,) = export_all(model, tokenizer, tmp_path, what="merged", dtypes=["f32"], samples=samples(tokenizer), merge="auto")
     assert "not at hand" in done.report.notes[-1]
+    original = Original.of(make_model("llama"))
+    (done,) = export_all(model, tokenizer, tmp_path, what="merged", dtypes=["f32"], samples=samples(tokenizer), merge="auto", original=original)
+    assert "No held-out rewards" in done.report.notes[-1]
+    (done,) = export_all(model, tokenizer, tmp_path, what="merged", dtypes=["f32"], samples=samples(tokenizer), merge="original", original=original)
+    assert GGUFReader(done.path).fields["localrl.merge"].contents() == "original"
     with pytest.raises(UserError, match="original"):
         export_all(model, tokenizer, tmp_path / "x", what="merged", dtypes=["f32"], samples=samples(tokenizer), merge="original")
     assert not (tmp_path / "x").exists()
