@@ -68,7 +68,7 @@ def _tensors(shape: ModelShape, work: Work, choice: Choice, fits: Fits) -> list[
         Need(base, loaded - adapters - moved, PHASES),
         Need("adapters and critic (fp32)" if work.critic else "adapter (fp32)", adapters, PHASES),
         Need(f"optimiser state ({work.optimizer})", kept - loaded, PHASES[:-1]),
-        Need("a weight that is quantised, or the output layer tried out", max(0, _loading(shape, work, loaded, adapters) - (kept - moved)), ("load",)),
+        Need("a weight that is quantised, or the output layer tried out", max(0, max(loaded - adapters + _unconverted(shape, work), lines["tried"].at(at)) - (kept - moved)), ("load",)),
         Need("gradients (fp32)", gradients - kept, ("backward", "optimiser")),
         _directions(shape, work, choice),
         _batch(work),
@@ -88,14 +88,6 @@ def _cache(shape: ModelShape, work: Work, choice: Choice) -> int:
     each = 1 + work.cache_bytes / shape.head_dim if choice.kv_cache == "int8" else work.cache_bytes
     tokens = prompts_in_wave(work, choice.concurrent) * work.max_prompt_length + choice.concurrent * work.max_completion_length
     return round(shape.kv_bytes(tokens, 1) * each)
-
-
-def _loading(shape: ModelShape, work: Work, loaded: int, adapters: int) -> int:
-    """Bytes at the fullest moment before there is an optimiser: a weight that is quantised, or the output layer's logits compared with the model's own
-    (`localrl.policy.output_layer.Head.verify`), for which a CPU turns its weight into fp32."""
-    copied = shape.hidden if work.device == "cpu" and work.compute_bytes == 2 else 0
-    trial = 4 * shape.vocab * (copied + (40 if shape.softcapped else 24))
-    return max(loaded - adapters + _unconverted(shape, work), loaded + trial)
 
 
 def _unconverted(shape: ModelShape, work: Work) -> int:

@@ -94,6 +94,17 @@ class Head:
         Returns the largest difference as a share of the largest logit; UserError if it is beyond the rounding of the model's type.
         Effect: one forward pass, in the model's present mode.
         """
+        found, limit = self.trial(model)
+        gap = math.inf if found is None else float(found)
+        if not gap <= limit:
+            raise UserError(
+                f"{bare_model(model).config.model_type} does something to its logits that localrl does not know (they differ by {gap:.2g} of the "
+                f"largest, {limit:.2g} would be rounding): choose another model family"
+            )
+        return gap
+
+    def trial(self, model: Any) -> tuple[Tensor | None, float]:
+        """(difference, limit) of `verify`: a tensor of one number, None where not even the shapes are the same."""
         bare, seen = bare_model(model), []
         embedding = bare.get_input_embeddings().weight
         tokens = torch.arange(8, device=embedding.device)[None] % len(embedding)
@@ -104,15 +115,10 @@ class Head:
         finally:
             handle.remove()
         ours = self.logits(seen[0][0].to(self.weight.device))
-        limit, gap = max(1e-4, 4 * torch.finfo(theirs.dtype).eps), math.inf
-        if ours.shape == theirs.shape:
-            gap = float((ours - theirs.to(ours)).abs().max() / theirs.abs().max().clamp(min=1e-30))
-        if not gap <= limit:
-            raise UserError(
-                f"{bare.config.model_type} does something to its logits that localrl does not know (they differ by {gap:.2g} of the "
-                f"largest, {limit:.2g} would be rounding): choose another model family"
-            )
-        return gap
+        limit = max(1e-4, 4 * torch.finfo(theirs.dtype).eps)
+        if ours.shape != theirs.shape:
+            return None, limit
+        return (ours - theirs.to(ours)).abs().max() / theirs.abs().max().clamp(min=1e-30), limit
 
 
 class Product:

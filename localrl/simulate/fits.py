@@ -58,6 +58,7 @@ def training_lines(config: Any, run: Run, dtype: torch.dtype, device: Kind, mode
     updates = [({"layers": layers}, rehearsal.update().peak) for layers, rehearsal in rehearsals.items()]
     lasting = {
         "loaded": [({"layers": layers}, rehearsal.loaded) for layers, rehearsal in rehearsals.items()],
+        "tried": [({"layers": layers}, rehearsal.tried) for layers, rehearsal in rehearsals.items()],
         "kept": [({"layers": layers}, rehearsal.kept) for layers, rehearsal in rehearsals.items()],
         "gradients": [({"layers": layers}, rehearsal.gradients) for layers, rehearsal in rehearsals.items()],
         "optimiser": updates,

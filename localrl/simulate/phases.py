@@ -19,6 +19,7 @@ from localrl.engines.torch import TorchEngine
 from localrl.pieces import watched
 from localrl.policy.lean import make_lean
 from localrl.policy.optim import take_step
+from localrl.policy.output_layer import Head
 from localrl.policy.policy import Policy
 from localrl.simulate.counter import Counter, Event
 from localrl.simulate.fakes import fake_model, real_tables
@@ -91,6 +92,8 @@ class Rehearsal:
         with self.mode, self.counter, pretending(device):
             self.counter.adopt([*model.parameters(), *model.buffers(), *_of_quantisation(model)])
             self.loaded = self.counter.now
+            self.tried = self.counter.peak_of(lambda: Head.of(model).trial(model))
+            """Bytes while the output layer is compared with the model's own."""
             with real_tables():
                 self.policy = Policy(model, None, run, checkpointing=checkpointing, head_chunk=256, offload=offload)
         self.kept = self.gradients = self.counter.now

@@ -22,7 +22,7 @@ from localrl.memory.reality import store
 from localrl.memory.shape import ModelShape
 from localrl.memory.work import Work
 
-VERSION = 1
+VERSION = 2
 """Counts up when the code that is simulated needs other memory than before; a test compares what travels with what is found."""
 NOT_SIZES = ("_name_or_path", "torch_dtype", "dtype", "transformers_version", "architectures", "bos_token_id", "eos_token_id", "pad_token_id",
              "num_hidden_layers", "layer_types", "max_window_layers", "max_position_embeddings", "use_cache", "quantization_config")
