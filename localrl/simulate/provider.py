@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -45,10 +46,10 @@ class Simulated:
         def simulate(run: Run) -> dict[str, Lines]:
             from localrl.simulate.fits import training_lines
 
-            return training_lines(self.config, run, self.dtype, self.device, mode, row)
+            return training_lines(_unwindowed(self.config) if within else self.config, run, self.dtype, self.device, mode, row)
 
-        row = self._row(work)
-        about = {**vars(mode), "reads": _reads(self.run), "optimizer": work.optimizer, **({"row": row} if row else {})}
+        row, within = self._row(work), bool(self.shape.window and work.longest <= self.shape.window)
+        about = {**vars(mode), "reads": _reads(self.run), "optimizer": work.optimizer, **({"row": row} if row else {}), **({"within": True} if within else {})}
         return self._lines(work, "training", about, simulate)  # type: ignore[return-value]
 
     def rollout(self, work: Work, kv_cache: Literal["full", "int8"]) -> Lines:
@@ -100,6 +101,13 @@ class Simulated:
 def shipped() -> Path:
     """Lines that travel with the presets, so that their models are planned at once."""
     return preset_folder() / "lines"
+
+
+def _unwindowed(config: Any) -> Any:
+    """The model as it is for rows that its window is never too short for: those that are simulated may be longer."""
+    config = copy.deepcopy(config)
+    config.get_text_config().sliding_window = 2**30
+    return config
 
 
 def _reads(run: Run) -> list[list[str]]:

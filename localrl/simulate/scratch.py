@@ -10,6 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+from torch import Tensor
+
 Scratch = Callable[[Any, Any], int]
 FUSED_ROWS = 32
 """Rows up to which bitsandbytes multiplies 4-bit weights on a GPU without unpacking them (4060 Ti, query and output projection; others differ)."""
@@ -39,9 +42,19 @@ def _flash_backward(args: Any, out: Any) -> int:
     return int(4 * rows * (-(-width // 32) * 32) + 4 * rows + shared)
 
 
+def _converted(args: Any, out: Any) -> int:
+    """Operands of another type than the one that is computed in, and the result where it is of another again: a CPU makes copies of them."""
+    operands = [arg for arg in args[:2] if isinstance(arg, Tensor)]
+    if len(operands) < 2:
+        return 0
+    common = torch.result_type(*operands)
+    return sum(tensor.numel() * common.itemsize for tensor in (*operands, out) if tensor.dim() and tensor.dtype != common)
+
+
 SCRATCH: Mapping[str, Scratch] = {
     "cpu:bitsandbytes::optimizer_update_8bit_blockwise": _update_8bit,
     "cpu:bitsandbytes::gemm_4bit": _unpacked,
     "cuda:bitsandbytes::gemm_4bit": _unpacked_where_many,
+    **{f"cpu:aten::{name}": _converted for name in ("add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_")},
     "cuda:aten::_scaled_dot_product_flash_attention_for_cpu_backward": _flash_backward,
 }
