@@ -200,7 +200,7 @@ def measure(case: Case, plan: MemoryPlan, folder: Path, traces: dict[str, Trace]
 def _scored(rollout: Rollout, number: int, rewards: int) -> Rollout:
     if len(rollout.tokens) == 0 or rollout.done:
         raise RuntimeError("a response ended: the worst case has none that does")
-    return Rollout(rollout.request, rollout.tokens, "", False, 0, rollout.logp, tuple(float((number * 7 + r * 3) % 5) for r in range(rewards)))
+    return Rollout(rollout.request, rollout.tokens, "", number % 2 == 0, 0, rollout.logp, tuple(float((number * 7 + r * 3) % 5) for r in range(rewards)))
 
 
 def predicted(plan: MemoryPlan) -> dict[Phase, int]:

@@ -9,10 +9,9 @@ from localrl.memory.fit import Fits, Mode, prompts_in_wave, rollout_variables, t
 from localrl.memory.shape import Linear, ModelShape
 from localrl.memory.work import PHASES, SKETCH, Choice, DirectionKind, Need, Phase, Work, adapter_count, micro_batch, passes
 
-DIRECTION_BYTES: Mapping[DirectionKind, float] = {"float32": 4, "bfloat16": 2, "int8": 1 + 2 / 256, "two_pass": 4, "lagged": 4}
-"""Of one number."""
-WHOLE: tuple[DirectionKind, ...] = ("float32", "bfloat16", "int8")
-"""Kinds that keep every number of a gradient."""
+DIRECTION_BYTES: Mapping[DirectionKind, float] = {"float32": 4, "bfloat16": 2, "int8": 1 + 2 / 256}
+"""Of one number, where every number of a gradient is kept."""
+WHOLE = tuple(DIRECTION_BYTES)
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "dense")
 """Linear layers whose names begin with "self_attn", and so come after the MLP's."""
 EXPORT_BLOCK = 2**24
@@ -62,16 +61,16 @@ def _tensors(shape: ModelShape, work: Work, choice: Choice, fits: Fits) -> list[
     base = f"base ({8 * work.compute_bytes} bit)" if work.quantization == "none" else f"base ({work.quantization})"
     inputs = 0 if choice.offload or not choice.gradient_checkpointing else shape.layers * shape.hidden * work.compute_bytes * micro_batch(work, choice)
     backward = lines["first" if passes(work, choice) == 1 else "backward"].at(at) - gradients
-    cache = _cache(shape, work, choice)
+    cache, sketches = _cache(shape, work, choice), 4 * work.gradients * SKETCH
     rollout = fits.rollout(work, choice.kv_cache).at(rollout_variables(shape, work, choice)) - loaded
     return [
         Need(base, loaded - adapters - moved, PHASES),
         Need("adapters and critic (fp32)" if work.critic else "adapter (fp32)", adapters, PHASES),
-        Need(f"optimiser state ({work.optimizer})", kept - loaded, PHASES[:-1]),
+        Need(f"optimiser state ({work.optimizer})", kept - loaded - sketches, PHASES[:-1]),
         Need("a weight that is quantised, or the output layer tried out", max(0, max(loaded - adapters + _unconverted(shape, work), lines["tried"].at(at)) - (kept - moved)), ("load",)),
-        Need("gradients (fp32)", gradients - kept, ("backward", "optimiser")),
-        _directions(shape, work, choice),
-        _batch(work),
+        Need("gradients (fp32)", gradients - kept, ("optimiser",) if choice.directions in WHOLE and work.gradients else ("backward", "optimiser")),
+        *_directions(shape, work, choice),
+        *_batch(work),
         Need("KV cache", min(cache, rollout), ("rollout",)),
         Need("reading prompts, sampling, moving the cache", rollout - min(cache, rollout), ("rollout",)),
         Need("a layer or the output layer at work", lines["scoring"].at(at) - gradients, ("scoring",)),
@@ -129,17 +128,25 @@ def _written(shape: ModelShape) -> int:
     return 4 * largest + 4 * min(largest, EXPORT_BLOCK)
 
 
-def _directions(shape: ModelShape, work: Work, choice: Choice) -> Need:
-    """Buffers of the gradients that are kept apart, while a step learns; of sketches also that of the last update."""
-    size, each = DIRECTION_BYTES[choice.directions], adapter_count(shape, work) if choice.directions in WHOLE else SKETCH
-    return Need(f"gradients of {work.gradients} directions ({choice.directions})", round(work.gradients * each * size), ("backward", "optimiser"))
+def _directions(shape: ModelShape, work: Work, choice: Choice) -> tuple[Need, ...]:
+    """What is kept of the gradients of several directions: whole while a step learns, or a sketch of each, always. And the last update's sketch."""
+    if not work.gradients:
+        return ()
+    name, update = f"gradients of {work.gradients} directions ({choice.directions})", Need("the last update's sketch", 4 * SKETCH, ("backward", "optimiser"))
+    if choice.directions in WHOLE:
+        kept = round(work.gradients * adapter_count(shape, work) * DIRECTION_BYTES[choice.directions])
+        return Need(name, kept, ("backward",)), update
+    return Need(name, 4 * work.gradients * SKETCH, PHASES[:-1]), update
 
 
-def _batch(work: Work) -> Need:
-    """The step's ids and masks, and about a dozen fp32 columns that reading and credit make of it."""
-    columns = 60 + (4 if work.reference else 0) + (8 if work.critic else 0)
-    size = work.rollouts * (8 * work.max_prompt_length + columns * work.max_completion_length)
-    return Need("the step's batch", size, ("scoring", "backward", "optimiser"))
+def _batch(work: Work) -> tuple[Need, ...]:
+    """The step's ids, masks and the sampler's log-probabilities; the columns that are read of it; and about three columns of credit."""
+    tokens = work.rollouts * work.max_completion_length
+    batch = 8 * work.rollouts * work.max_prompt_length + 14 * tokens
+    return (
+        Need("the step's batch", batch + 4 * work.columns * tokens, ("scoring", "backward", "optimiser")),
+        Need("credit", 12 * tokens, ("backward", "optimiser")),
+    )
 
 
 def _searchers(card: Card, shape: ModelShape, work: Work, choice: Choice, fits: Fits) -> Need:

@@ -55,6 +55,8 @@ class Work:
     """Sampling sorts (top-p, top-k)."""
     searchers: int = 0
     """Processes that sample beside this one, each with a copy of the model, on the same card or in the same machine's memory."""
+    columns: int = 1
+    """Numbers that are read of each token before learning: log-probabilities, values, ..."""
     gradients: int = 0
     """Gradients of the adapter that are kept apart until the step is over; 0: the ordinary step."""
 

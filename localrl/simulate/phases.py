@@ -82,7 +82,10 @@ def a_batch(work: Pass, rewards: int, group: int) -> MicroBatch:
 
 
 class Rehearsal:
-    """A fake policy of `config`'s model and what happens to it. Not the whole step: one micro-batch stands for all."""
+    """A fake policy of `config`'s model and what happens to it. Not the whole step: one micro-batch stands for all.
+
+    Gradients of several directions are kept as sketches beside the ordinary one ("lagged"): what other kinds keep instead is a matter of multiplying.
+    """
 
     def __init__(self, config: Any, run: Run, dtype: torch.dtype, device: Kind, *, checkpointing: bool, offload: bool = False) -> None:
         self.run, self.algorithm, self.device = run, calibrated(run.algorithm.for_sampler(exact=run.own_samples)), device
@@ -95,7 +98,10 @@ class Rehearsal:
             self.tried = self.counter.peak_of(lambda: Head.of(model).trial(model))
             """Bytes while the output layer is compared with the model's own."""
             with real_tables():
-                self.policy = Policy(model, None, run, checkpointing=checkpointing, head_chunk=256, offload=offload)
+                directions = self.algorithm.directions([spec.weight for spec in run.rewards.functions])
+                self.policy = Policy(
+                    model, None, run, checkpointing=checkpointing, head_chunk=256, offload=offload, directions=directions, kept_as="lagged"
+                )  # fmt: skip
         self.kept = self.gradients = self.counter.now
         self._watch_layers(model.get_base_model().get_decoder().layers)
         for _, parameter in self.policy.trainable():

@@ -50,6 +50,7 @@ class Simulated:
 
         row, within = self._row(work), bool(self.shape.window and work.longest <= self.shape.window)
         about = {**vars(mode), "reads": _reads(self.run), "optimizer": work.optimizer, **({"row": row} if row else {}), **({"within": True} if within else {})}
+        about |= {"directions": work.gradients} if work.gradients else {}
         return self._lines(work, "training", about, simulate)  # type: ignore[return-value]
 
     def rollout(self, work: Work, kv_cache: Literal["full", "int8"]) -> Lines:
