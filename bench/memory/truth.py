@@ -38,7 +38,7 @@ from localrl.export.writer import write
 from localrl.memory.plan import MemoryPlan
 from localrl.memory.work import PHASES, Phase
 from localrl.policy.policy import Policy
-from localrl.simulate.phases import calibrated
+from localrl.simulate.phases import LATE, calibrated
 from localrl.simulate.solve import NotLinear
 from localrl.train import accumulate
 
@@ -167,7 +167,7 @@ def measure(case: Case, plan: MemoryPlan, folder: Path, traces: dict[str, Trace]
     with traced() as trace:
         rollouts = engine.generate(requests, 0, settings=run.rollout.model_copy(update={"concurrent": choice.concurrent}))
     note("rollout", before, trace)
-    batch = collate([_scored(rollout, i, case.rewards) for i, rollout in enumerate(rollouts)], weights, case.response)
+    batch = collate([_scored(rollout, i, case.rewards) for i, rollout in enumerate(rollouts)], weights, case.response, LATE)
     parts = plan.split(batch.sequence_length)
     before = storages(*policy_tensors(policy), *tensors_of(batch))
     columns = algorithm.reads_before or frozenset({"logp"})          # those of `optim.num_iterations` above 1
@@ -200,7 +200,7 @@ def measure(case: Case, plan: MemoryPlan, folder: Path, traces: dict[str, Trace]
 def _scored(rollout: Rollout, number: int, rewards: int) -> Rollout:
     if len(rollout.tokens) == 0 or rollout.done:
         raise RuntimeError("a response ended: the worst case has none that does")
-    return Rollout(rollout.request, rollout.tokens, "", number % 2 == 0, 0, rollout.logp, tuple(float((number * 7 + r * 3) % 5) for r in range(rewards)))
+    return Rollout(rollout.request, rollout.tokens, "", number % 2 == 0, LATE, rollout.logp, tuple(float((number * 7 + r * 3) % 5) for r in range(rewards)))
 
 
 def predicted(plan: MemoryPlan) -> dict[Phase, int]:
