@@ -1,6 +1,6 @@
 """`python -m bench.memory.ship`: find again the lines that travel with the presets, so that their models are planned at once. Minutes.
 
-To be run when `localrl.simulate.provider.VERSION` counts up, a preset changes, or a library's minor version does. What no plan asks for any more goes.
+To be run when `localrl.simulate.provider.VERSION` counts up, a preset changes, or a test finds that newer libraries need other memory. What no plan asks for any more goes.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main() -> None:
         shipped().mkdir(exist_ok=True)
         found = sorted(Path(cache, "lines").glob("*.json"))
         for file in found:
-            shutil.copyfile(file, shipped() / file.name)
+            shutil.copyfile(file, shipped() / f"{file.stem.split('-')[0]}.json")
         print(f"{len(found)} files, {sum(file.stat().st_size for file in found) / 1024:.0f} KiB, in {shipped()}")
 
 

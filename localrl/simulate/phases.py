@@ -103,7 +103,7 @@ class Rehearsal:
                     model, None, run, checkpointing=checkpointing, head_chunk=256, offload=offload, directions=directions, kept_as="lagged"
                 )  # fmt: skip
         self.kept = self.gradients = self.counter.now
-        self._watch_layers(model.get_base_model().get_decoder().layers)
+        self._watch_layers(model.get_base_model().get_decoder().layers, checkpointing)
         for _, parameter in self.policy.trainable():
             parameter.register_post_accumulate_grad_hook(self._paid)
 
@@ -122,15 +122,23 @@ class Rehearsal:
     def _paid(self, parameter: Tensor) -> None:
         self.counter.owed -= parameter.nbytes
 
-    def _watch_layers(self, layers: Any) -> None:
-        """Layers are no loop of ours: their hooks tell. When the backward pass computes them again (the last one first), our checkpointing does."""
+    def _watch_layers(self, layers: Any, checkpointing: bool) -> None:
+        """Layers are no loop of ours: their hooks tell. When the backward pass computes them again (the last one first), our checkpointing does, and
+        where it only goes back through them, the gradient that reaches what a layer returned."""
         count = len(layers)
         self.counter.counts["layer again"] = count
 
         def enter(number: int) -> None:                              # what a hook returns would take the input's place
             self.counter.enter("layer", number, count)
 
+        def back(number: int, output: Any) -> None:
+            states = output if isinstance(output, Tensor) else output[0]
+            if states.requires_grad:
+                states.register_hook(lambda gradient: (self.counter.enter("layer back", count - 1 - number, count), None)[1])
+
         for number, layer in enumerate(layers):
+            if not checkpointing:
+                layer.register_forward_hook(lambda module, inputs, output, number=number: back(number, output))
             layer.register_forward_pre_hook(lambda *_, number=number: enter(number))
         layers[-1].register_forward_hook(lambda *_: enter(count))
 

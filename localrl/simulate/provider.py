@@ -23,7 +23,7 @@ from localrl.memory.reality import store
 from localrl.memory.shape import ModelShape
 from localrl.memory.work import Work
 
-VERSION = 2
+VERSION = 3
 """Counts up when the code that is simulated needs other memory than before; a test compares what travels with what is found."""
 NOT_SIZES = ("_name_or_path", "torch_dtype", "dtype", "transformers_version", "architectures", "bos_token_id", "eos_token_id", "pad_token_id",
              "num_hidden_layers", "layer_types", "max_window_layers", "max_position_embeddings", "use_cache", "quantization_config")
@@ -88,7 +88,7 @@ class Simulated:
     def _key(self, work: Work, what: str, about: Mapping[str, Any]) -> str:
         told = {
             "model": self._model, "what": what, "about": dict(about), "quantization": work.quantization, "dtype": str(self.dtype), "device": self.device,
-            "r": work.lora_r, "targets": sorted(set(_targets(work))), "critic": work.critic, "version": VERSION, "libraries": _libraries(),
+            "r": work.lora_r, "targets": sorted(set(_targets(work))), "critic": work.critic, "version": VERSION,
         }  # fmt: skip
         return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
@@ -133,16 +133,22 @@ def _as_asked(run: Run, work: Work) -> Run:
 
 
 @cache
-def _libraries() -> Mapping[str, str]:
-    """Their minor versions: what decides which tensors there are."""
-    return {name: ".".join(version(name).split("+")[0].split(".")[:2]) for name in LIBRARIES}
+def _libraries() -> str:
+    """Their minor versions, which decide what tensors there are, in a few letters."""
+    told = {name: ".".join(version(name).split("+")[0].split(".")[:2]) for name in LIBRARIES}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _found(key: str) -> Path:
+    """Where this machine keeps lines, by the libraries that they were found with."""
+    return store().parent / "lines" / f"{key}-{_libraries()}.json"
 
 
 def _read(key: str) -> dict[str, Lines] | None:
-    """A file that is damaged counts as none: what it held can be found again."""
-    for folder in (shipped(), store().parent / "lines"):
+    """What was found here, else what travels: the tests see that it fits newer libraries too. A file that is damaged counts as none."""
+    for file in (_found(key), shipped() / f"{key}.json"):
         try:
-            values = json.loads((folder / f"{key}.json").read_text("utf-8"))
+            values = json.loads(file.read_text("utf-8"))
             return {name: Lines.from_dict(lines) for name, lines in values.items()}
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             continue
@@ -151,11 +157,11 @@ def _read(key: str) -> dict[str, Lines] | None:
 
 def _write(key: str, lines: Mapping[str, Lines]) -> None:
     """Whole or not at all; a folder that cannot be written to only costs the next plan some seconds."""
-    folder = store().parent / "lines"
+    place = _found(key)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=folder, delete=False, encoding="utf-8") as file:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=place.parent, delete=False, encoding="utf-8") as file:
             json.dump({name: part.to_dict() for name, part in lines.items()}, file)
-        os.replace(file.name, folder / f"{key}.json")
+        os.replace(file.name, place)
     except OSError:
         return
