@@ -1,6 +1,7 @@
 """`python -m bench.memory.ship`: find again the lines that travel with the presets, so that their models are planned at once. Minutes.
 
-To be run when `localrl.simulate.provider.VERSION` counts up, a preset changes, or a test finds that newer libraries need other memory. What no plan asks for any more goes.
+To be run when `localrl.simulate.provider.VERSION` counts up, a preset changes, or a test finds that newer libraries need other memory. What no plan asks
+for any more goes.
 """
 
 from __future__ import annotations

@@ -58,6 +58,7 @@ def _tensors(shape: ModelShape, work: Work, choice: Choice, fits: Fits) -> list[
     loaded, kept, gradients = (lines[part].at(at) for part in ("loaded", "kept", "gradients"))
     adapters = 4 * adapter_count(shape, work)
     moved = shape.vocab * shape.hidden * work.compute_bytes if choice.embedding_on_host else 0
+    loading = max(loaded - adapters + _unconverted(shape, work), lines["tried"].at(at))
     base = f"base ({8 * work.compute_bytes} bit)" if work.quantization == "none" else f"base ({work.quantization})"
     inputs = 0 if choice.offload or not choice.gradient_checkpointing else shape.layers * shape.hidden * work.compute_bytes * micro_batch(work, choice)
     backward = lines["first" if passes(work, choice) == 1 else "backward"].at(at) - gradients
@@ -67,7 +68,7 @@ def _tensors(shape: ModelShape, work: Work, choice: Choice, fits: Fits) -> list[
         Need(base, loaded - adapters - moved, PHASES),
         Need("adapters and critic (fp32)" if work.critic else "adapter (fp32)", adapters, PHASES),
         Need(f"optimiser state ({work.optimizer})", kept - loaded - sketches, PHASES[:-1]),
-        Need("a weight that is quantised, or the output layer tried out", max(0, max(loaded - adapters + _unconverted(shape, work), lines["tried"].at(at)) - (kept - moved)), ("load",)),
+        Need("a weight that is quantised, or the output layer tried out", max(0, loading - (kept - moved)), ("load",)),
         Need("gradients (fp32)", gradients - kept, ("optimiser",) if choice.directions in WHOLE and work.gradients else ("backward", "optimiser")),
         *_directions(shape, work, choice),
         *_batch(work),

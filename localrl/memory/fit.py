@@ -27,8 +27,8 @@ OWN_LOOP = ("llama", "mistral", "qwen2", "qwen3")
 """Families of `localrl.engines.decoder`; all others go through the model's own forward pass."""
 
 Part = Literal["loaded", "tried", "kept", "gradients", "scoring", "first", "backward", "optimiser"]
-"""Of training: base and adapters; the peak while the output layer is tried out; with the optimiser's state; with gradients; and the peaks of three phases, those of scoring and of backward
-with gradients there, but for the first backward pass of a step."""
+"""Of training: base and adapters; the peak while the output layer is tried out; with the optimiser's state; with
+gradients; and the peaks of three phases, those of scoring and of backward with gradients there, but for the first backward pass of a step."""
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ REST = Kind("libraries, margin", "bright_black", ".", ("libraries", "Python", "h
 WORK = Kind("at work", "blue", "w")
 KINDS = (
     Kind("base", "cyan", "b", ("base",)),
-    Kind("adapter, gradients, optimiser", "green", "a", ("adapter", "optimiser state", "gradients", "the step's batch")),
+    Kind("adapter, gradients, optimiser", "green", "a", ("adapter", "optimiser state", "gradients", "the last update's sketch", "the step's batch", "credit")),
     Kind("KV cache", "yellow", "k", ("KV cache",)),
     Kind("layer inputs", "magenta", "i", ("layer inputs",)),
     WORK,
