@@ -104,6 +104,9 @@ class Run(Settings):
             raise ValueError(f"data.from_log samples nothing, so that {other} has no meaning: leave it out")
         if self.data.from_log and not algorithm.learns_from_old:
             raise ValueError(f"data.from_log: {name} learns from its own samples only; for logs take {_those('learns_from_old')}")
+        if self.rollout.engine != "torch" and not algorithm.learns_from_old and not algorithm.for_sampler(exact=False).corrects:
+            raise ValueError(f"rollout.engine='{self.rollout.engine}' samples from a rounded copy, which {name} takes for the policy: "
+                             f"take rollout.engine='torch', or {_those('learns_from_old')}")
         if not self.own_samples and not algorithm.learns_from_old and not algorithm.corrects:
             raise ValueError(f"replay.capacity={self.replay.capacity} hands {name} rollouts of older policies, which it takes for its own: "
                              f"leave it out, or take {_those('learns_from_old')}")

@@ -24,6 +24,10 @@ OTHERS = GIB // 2
 """Bytes that others may take unremarked: less can be our own kernels, which are loaded when they are first used."""
 
 
+GAP, DIVERGENCE = 0.1, 0.01
+"""Between a sampler and the policy it samples for: mean difference of log-probabilities, and KL divergence (k3), in nats, that are worth a word."""
+
+
 class Health:
     """Remembers the last steps and speaks up when a run cannot learn."""
 
@@ -63,6 +67,11 @@ class Health:
         if now.get("completions/clipped_ratio", 0) == 1:
             yield "cut", ("every completion was cut at rollout.max_completion_length: the model never ends by itself; "
                           "raise the limit, or check the end token and the chat template")
+        difference, kl = now.get("sampler/mean_difference", 0.0), now.get("sampler/kl", 0.0)
+        if now.get("sampler/age", 1.0) == 0 and (difference > GAP or kl > DIVERGENCE):
+            yield "gap", (f"the sampler is not quite the policy: log-probabilities differ by {difference:.2g} nats on average ({GAP:g} goes unremarked), "
+                          f"KL {kl:.2g} ({DIVERGENCE:g}), effective sample size {now.get('sampler/ess', math.nan):.0%}; what is learned is corrected for it "
+                          "and noisier: take rollout.gguf=q8_0 or rollout.engine=torch, and leave top_p and top_k alone")
         if now.get("frac_unscored", 0) == 1:
             yield "unscored", "no completion got any reward this step (every reward returned None or failed): nothing can be learned so"
 

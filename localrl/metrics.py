@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from localrl.algebra import group_moments, token_mean, weighted_total
+from localrl.algebra import group_moments, weighted_total
 from localrl.batch import Batch, Readout
 from localrl.memory.reality import compare
 from localrl.memory.work import Phase
@@ -138,29 +138,35 @@ def describe(batch: Batch, names: Sequence[str]) -> Metrics:
 
 
 def mismatch(batch: Batch, logp: Tensor) -> Metrics:
-    """How far the sampler is from the policy when the step begins: `sampler/mean_difference` of log-probabilities (nats, absolute),
-    `sampler/kl` (k3 estimate of KL(sampler || policy)), `sampler/age` (updates since).
-    (B, T) -> numbers."""
-    return {name: value.item() for name, value in mismatch_sums(batch, logp, token_mean(batch.fresh)).items()}
+    """How far the sampler is from the policy when the step begins, over the tokens just written. (B, T) -> numbers; none if nobody knows.
 
-
-def entropy_and_mismatch(part: Batch, readout: Readout, share: Tensor) -> dict[str, Tensor]:
-    """A micro-batch's share of the step's mean `entropy` (nats a token) and of `mismatch`, where they can be known. `share` (B, T) sums to 1 over the step."""
-    if readout.logp is None or readout.entropy is None:
+    Of the differences of log-probabilities (nats): `sampler/mean_difference` and `sampler/p99_difference`, absolute. `sampler/kl`: k3 estimate of
+    KL(sampler || policy). `sampler/ess`: effective sample size of the tokens' importance weights, as a share of the tokens; 1: nothing to correct.
+    `sampler/age`: updates of the policy since.
+    """
+    if batch.sampler is None:
         return {}
-    return {"entropy": (share * readout.entropy.detach()).sum(), **mismatch_sums(part, readout.logp.detach(), share)}
-
-
-def mismatch_sums(part: Batch, logp: Tensor, share: Tensor) -> dict[str, Tensor]:
-    """The same for one micro-batch: its share of each mean over tokens. `share` (B, T) sums to 1 over the step."""
-    if part.sampler is None:
+    difference = (logp - batch.sampler)[batch.fresh].cpu().double()
+    if not len(difference) or difference.isnan().any():
         return {}
-    difference = torch.where(part.fresh, logp - part.sampler, 0.0)
+    weight = difference.exp()
     return {
-        "sampler/mean_difference": (share * difference.abs()).sum(),
-        "sampler/kl": (share * (difference.exp() - 1 - difference)).sum(),
-        "sampler/age": (share * part.age[:, None]).sum(),
+        "sampler/mean_difference": difference.abs().mean().item(),
+        "sampler/p99_difference": _quantile(difference.abs(), 0.99),
+        "sampler/kl": (weight - 1 - difference).mean().item(),
+        "sampler/ess": (weight.mean().square() / weight.square().mean()).item(),
+        "sampler/age": (batch.age[:, None] * batch.fresh).sum().item() / batch.fresh.sum().item(),
     }
+
+
+def _quantile(values: Tensor, share: float) -> float:
+    """The entry below which that share of them lies. (n,), n >= 1. (torch.quantile takes 16 million at most.)"""
+    return values.kthvalue(max(1, math.ceil(share * len(values)))).values.item()
+
+
+def mean_entropy(readout: Readout, share: Tensor) -> dict[str, Tensor]:
+    """A micro-batch's share of the step's mean `entropy` (nats a token), where it is known. `share` (B, T) sums to 1 over the step."""
+    return {} if readout.entropy is None else {"entropy": (share * readout.entropy.detach()).sum()}
 
 
 def _std(values: torch.Tensor) -> float:

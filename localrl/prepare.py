@@ -11,6 +11,7 @@ from typing import Any
 from localrl.buffer import Log, read_log, without_log_columns
 from localrl.config import Run
 from localrl.data import DataSettings, PromptData, load_prompts
+from localrl.engines.choice import check_engine
 from localrl.export import check_exportable, require_llama_cpp
 from localrl.folder import RunFolder
 from localrl.memory.plan import MemoryPlan
@@ -63,6 +64,7 @@ def prepare(run: Run, say: Callable[[str], None]) -> Prepared:
     plan = plan_run(run, say)
     plan.check()
     run = run.model_copy(update={"optim": run.optim.model_copy(update={"optimizer": plan.work.optimizer})})
+    check_engine(run.rollout, run.adapter, model_config(run))
     tokenizer = load_tokenizer(run.model)
     foresee_export(run, tokenizer, say)
     data = load_prompts(with_demo_data(run.data), tokenizer, run.seed, Path.cwd())

@@ -7,22 +7,27 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from localrl.algorithms.base import Algorithm
-from localrl.batch import Request, collate
+from localrl.batch import Request, Rollout, collate
 from localrl.buffer import make_buffer
 from localrl.config import Run
 from localrl.data import PromptData
 from localrl.engines import Engine
+from localrl.engines.call import Waves
+from localrl.engines.choice import FILE as CHOICE
+from localrl.engines.choice import as_text
+from localrl.engines.make import choose
 from localrl.engines.torch import TorchEngine
 from localrl.evaluate import EVAL_VERSION
 from localrl.folder import RunFolder, find_checkpoint, read_lines, read_run, write_whole
 from localrl.interrupt import Interrupts
+from localrl.memory.plan import MemoryPlan
 from localrl.memory.reality import Teacher, key, tensors
 from localrl.metrics import Clock, Metrics
 from localrl.oom import Limits, OutOfMemory
@@ -32,7 +37,7 @@ from localrl.probe import in_words, probe
 from localrl.record import Display, Exam, Recorder, read_limits, read_trainer, restore_rng
 from localrl.rewards import LoggedRewards, Rewards, Scores
 from localrl.settings import UserError
-from localrl.train import Session, train
+from localrl.train import Drifted, Session, train
 
 CALIBRATION_GROUPS, CALIBRATION_SAMPLES = 32, 4
 REWARD_LOG, SEARCH_LOG = "rewards.log", "search.log"
@@ -54,10 +59,13 @@ class Room:
 
 
 @contextmanager
-def assemble(prepared: Prepared, judges: Rewards | None, display: Display, algorithm: Algorithm | None = None, log: Path | None = None) -> Iterator[Room]:
-    """Load the model and put a session together; on leaving, whatever samples elsewhere is ended. The display hears how far a wave is."""
+def assemble(prepared: Prepared, judges: Rewards | None, display: Display, algorithm: Algorithm | None = None, folder: Path | None = None) -> Iterator[Room]:
+    """Load the model and put a session together; on leaving, whatever samples elsewhere is ended. The display hears how far a wave is.
+
+    `folder`: the run's, where it is written who samples, and what searchers print.
+    """
     run, plan = prepared.run, prepared.plan
-    algorithm = (algorithm or run.algorithm).for_sampler(exact=run.own_samples and plan.choice.kv_cache == "full")
+    algorithm = algorithm or run.algorithm
     rewards: Scores
     if prepared.log is not None:
         rewards = LoggedRewards(prepared.log.names)
@@ -71,23 +79,59 @@ def assemble(prepared: Prepared, judges: Rewards | None, display: Display, algor
     )  # fmt: skip
     sampling = run.rollout.model_copy(update={"concurrent": plan.concurrent})
     own = TorchEngine(policy.model, policy.tokenizer, sampling, run.seed, display.part, kv_cache=plan.choice.kv_cache)
-    engine: Engine = own
-    if run.search.processes:
-        from localrl.engines.searchers import Searchers
-
-        reference = "ref" in algorithm.reads_before
-        engine = Searchers(
-            run, concurrent=plan.concurrent, with_reference=reference, kv_cache=plan.choice.kv_cache, say=display.say, progress=display.part, log=log
-        )
     logged = None if prepared.log is None else prepared.log.rollouts
     buffer = make_buffer(
         run, prepared.data.train, weights=rewards.weights, reward_names=rewards.names, group_size=algorithm.group_size, log=logged
     )
+    engine = open_engine(prepared, policy, own, algorithm, folder, display)
     try:
+        algorithm = algorithm.for_sampler(exact=run.own_samples and engine.exact)
         limits = policy.limits = own.limits = Limits(say=display.say)
+        if isinstance(engine, Waves):
+            engine.limits = limits
         yield Room(Session(run, algorithm, policy, engine, buffer, rewards, plan, limits), own, judges)
     finally:
         engine.close()
+
+
+def open_engine(prepared: Prepared, policy: Policy, own: TorchEngine, algorithm: Algorithm, folder: Path | None, display: Display) -> Engine:
+    """Whoever samples in training. Where it was to be found out, the answer goes to the run folder."""
+    run, plan = prepared.run, prepared.plan
+    if prepared.log is not None:
+        return own                                                   # nobody is asked
+    chosen, other = choose(run, plan, own, first_requests(prepared), correction(policy, algorithm, plan), folder, display.say)
+    if folder is not None:
+        write_whole(folder / CHOICE, as_text(chosen))
+    if not run.search.processes:
+        return other or own
+    from localrl.engines.searchers import Searchers
+
+    if other is not None:
+        other.close()                                                # each searcher has its own
+    return Searchers(
+        run, concurrent=plan.concurrent, with_reference="ref" in algorithm.for_sampler(exact=False).reads_before, kv_cache=plan.choice.kv_cache,
+        llama=chosen.gguf if chosen.engine == "llama_cpp" else None, say=display.say, progress=display.part,
+        log=None if folder is None else folder / SEARCH_LOG,
+    )  # fmt: skip
+
+
+def first_requests(prepared: Prepared) -> list[Request]:
+    """What a step asks: for a trial of two engines."""
+    rollout = prepared.run.rollout
+    return [Request(prompt, sample) for prompt in prepared.data.train[: rollout.prompts_per_step] for sample in range(rollout.num_generations)]
+
+
+def correction(policy: Policy, algorithm: Algorithm, plan: MemoryPlan) -> Callable[[list[Rollout]], object] | None:
+    """The pass over its rollouts that a sampler which is not quite the policy makes necessary; None: the algorithm makes none, or makes it anyway."""
+    more = algorithm.for_sampler(exact=False).reads_before - algorithm.for_sampler(exact=True).reads_before
+    if not more or policy.run.optim.num_iterations > 1:
+        return None
+
+    def read(rollouts: list[Rollout]) -> object:
+        batch = collate(rollouts, (), policy.run.rollout.max_completion_length).to(policy.device)
+        return policy.read_whole(batch, more, plan.split(batch.sequence_length))
+
+    return read
 
 
 def calibrate(room: Room, prepared: Prepared) -> Algorithm:
@@ -123,7 +167,7 @@ def train_run(run: Run, display: Display) -> Path:
 def _start(prepared: Prepared, folder: RunFolder, display: Display) -> Path:
     with open_rewards(prepared.run, prepared.data, folder.path / REWARD_LOG) as judges:
         display.phase("load")
-        with assemble(prepared, judges, display, log=folder.path / SEARCH_LOG) as room:
+        with assemble(prepared, judges, display, folder=folder.path) as room:
             write_plan(folder, room)
             display.say(f"run folder: {folder.path}")
             if room.session.algorithm.calibrates:
@@ -153,7 +197,7 @@ def resume_run(path: Path, display: Display, steps: int | None = None) -> Path:
         prepared = prepare(run, display.say)
         with open_rewards(run, prepared.data, path / REWARD_LOG) as judges:
             display.phase("load")
-            with assemble(prepared, judges, display, algorithm, path / SEARCH_LOG) as room:
+            with assemble(prepared, judges, display, algorithm, path) as room:
                 room.session.policy.load(checkpoint)
                 write_whole(path / "run.toml", run.dump())          # its new length, for the next time it is resumed
                 room.session.buffer.restore(buffer)
@@ -209,6 +253,10 @@ def _go(room: Room, folder: RunFolder, prepared: Prepared, display: Display) -> 
             recorder.checkpoint()
         recorder.beat("failed", str(error))
         display.say(f"stopped after step {session.policy.step}; go on with `localrl resume {folder.path}` once there is room")
+        raise
+    except Drifted as error:
+        recorder.checkpoint()
+        recorder.beat("failed", str(error))
         raise
     except BaseException as error:
         recorder.beat("failed", f"{type(error).__name__}: {error}")

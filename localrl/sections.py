@@ -8,6 +8,9 @@ from pydantic import Field, field_validator
 
 from localrl.settings import Settings
 
+Gguf = Literal["q8_0", "q4_k_m", "f16", "f32"]
+"""What llama.cpp's copy of the base is rounded to."""
+
 
 class ModelSettings(Settings):
     """Which model learns, and in which form its frozen weights are held."""
@@ -73,6 +76,13 @@ class RolloutSettings(Settings):
     """Most additional rounds of dynamic_sampling; after that the step makes do with what there is."""
     weights: Literal["auto", "live", "unpacked"] = "auto"
     """live: decode with the quantised layers. unpacked: with a scratch copy of the very same weights, freed before learning (faster on a CPU)."""
+    engine: Literal["torch", "llama_cpp", "auto"] = "torch"
+    """Who samples. torch: the very weights that learn. llama_cpp: a GGUF of the same base and the adapter as it is, often faster on a CPU and not quite
+    the policy, which the algorithm then corrects for. auto: whoever is quicker here, tried for some seconds when the run starts."""
+    gguf: Literal["auto", "q8_0", "q4_k_m", "f16", "f32"] = "auto"
+    """What llama_cpp's copy of the base is rounded to. auto: q8_0, or q4_k_m where memory is short."""
+    threads: int | None = Field(None, ge=1, le=256)
+    """Threads of llama_cpp. Unset: tried when the run starts, and again when sampling has become much slower."""
 
 
 class ReplayFilter(Settings):

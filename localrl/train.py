@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,10 +20,18 @@ from localrl.engines import Engine
 from localrl.interrupt import Interrupts
 from localrl.memory.plan import MemoryPlan
 from localrl.memory.reality import tensors
-from localrl.metrics import Clock, Metrics, describe, entropy_and_mismatch, mismatch
+from localrl.metrics import Clock, Metrics, describe, mean_entropy, mismatch
 from localrl.oom import Limits
 from localrl.policy.policy import Policy
 from localrl.rewards import Scores
+from localrl.settings import UserError
+
+LEAST_ESS = 0.5
+"""Effective sample size of a step's tokens, as their share, below which it is not learned from."""
+
+
+class Drifted(UserError):
+    """The sampler is too far from the policy. Nothing of the step has been learned yet."""
 
 
 @dataclass(frozen=True)
@@ -75,13 +84,18 @@ def one_step(session: Session, step: int, clock: Clock, interrupts: Interrupts) 
         readout = policy.read_whole(batch, before, parts) if before else Readout()
         credit = again("giving credit", partial(algorithm.credit, batch, readout))
     stats: Metrics = {}
-    for _ in range(run.optim.num_iterations):
+    gap: Metrics = {}
+    for iteration in range(run.optim.num_iterations):
         with clock("learn"):
-            stats, rate = learn(session, batch, credit, parts)
+            seen = again("weighing tokens", lambda: torch.full_like(batch.mask, math.nan, dtype=torch.float32)) if iteration == 0 else None
+            stats, rate = learn(session, batch, credit, parts, seen)
+        if seen is not None:
+            gap = again("comparing sampler and policy", partial(mismatch, batch, seen))
+            check_sampler(gap)
         interrupts.hold()
         with clock("update"):
             stats |= policy.update(rate)
-    stats |= again("describing the step", partial(look_back, session, batch, readout, credit, clock))
+    stats |= gap | again("describing the step", partial(look_back, session, batch, credit, clock))
     weights = again("describing the step", partial(algorithm.token_weights, credit))
     policy.step, policy.updates = step + 1, 0
     return {"step": policy.step, **stats, "memory/oom_retries": float(session.limits.count())}, rollouts, weights
@@ -93,11 +107,20 @@ def laid_out(session: Session, rollouts: list[Rollout], step: int = 0) -> tuple[
     return batch, session.plan.split(batch.sequence_length)
 
 
-def look_back(session: Session, batch: Batch, readout: Readout, credit: Any, clock: Clock) -> Metrics:
+def check_sampler(gap: Metrics) -> None:
+    """Before the update: Drifted if fresh samples are so far from the policy that hardly any of them counts."""
+    if gap and gap["sampler/age"] == 0 and gap["sampler/ess"] < LEAST_ESS:
+        raise Drifted(
+            f"the sampler no longer says what the policy says: of its tokens {gap['sampler/ess']:.0%} count (at least {LEAST_ESS:.0%} have to), "
+            f"log-probabilities differ by {gap['sampler/mean_difference']:.2g} nats on average; sample with rollout.engine=torch, or with llama.cpp from "
+            "rollout.gguf=q8_0 (both in the run folder's run.toml; delete its engine.json), then resume"
+        )
+
+
+def look_back(session: Session, batch: Batch, credit: Any, clock: Clock) -> Metrics:
     """What there is to say of a step that is done."""
-    stats = {} if readout.logp is None else mismatch(batch, readout.logp)
     sampling = session.engine.metrics()
-    stats |= describe(batch, session.rewards.names) | sampling | session.buffer.metrics()
+    stats = describe(batch, session.rewards.names) | sampling | session.buffer.metrics()
     return {**stats, **session.algorithm.observe(batch, credit), **clock.report(batch, sampling)}
 
 
@@ -130,10 +153,12 @@ def with_reference(session: Session, rollouts: list[Rollout]) -> list[Rollout]:
     return [r if r.ref is not None else replace(r, ref=tuple(next(read)[: len(r.tokens)])) for r in rollouts]
 
 
-def learn(session: Session, batch: Batch, credit: Any, parts: list[Tensor]) -> tuple[Metrics, float]:
-    """Gradients of the whole step, and the factor on its learning rate. Where directions are kept apart, the algorithm says how they add up."""
+def learn(session: Session, batch: Batch, credit: Any, parts: list[Tensor], seen: Tensor | None = None) -> tuple[Metrics, float]:
+    """Gradients of the whole step, and the factor on its learning rate. Where directions are kept apart, the algorithm says how they add up.
+
+    `seen` (B, T) is filled with the log-probabilities that were read on the way."""
     algorithm, policy, weights = session.algorithm, session.policy, session.rewards.weights
-    stats = accumulate(algorithm, policy, batch, credit, parts)
+    stats = accumulate(algorithm, policy, batch, credit, parts, seen)
     if policy.directions is None:
         return stats, 1.0
     directions = policy.directions
@@ -144,20 +169,21 @@ def learn(session: Session, batch: Batch, credit: Any, parts: list[Tensor]) -> t
     return stats, steering.rate
 
 
-def accumulate(algorithm: Algorithm, policy: Policy, batch: Batch, credit: Any, parts: list[Tensor]) -> Metrics:
-    """Gradients of the whole step, micro-batch by micro-batch. Losses are sums, so the split does not matter."""
+def accumulate(algorithm: Algorithm, policy: Policy, batch: Batch, credit: Any, parts: list[Tensor], seen: Tensor | None = None) -> Metrics:
+    """Gradients of the whole step, micro-batch by micro-batch. Losses are sums, so the split does not matter. `seen`: as in `learn`."""
     found: dict[str, list[Tensor]] = defaultdict(list)
     share = policy.limits.again("weighing tokens", lambda: token_mean(batch.fresh))
     for rows in parts:
         for columns in algorithm.readings:
-            for stats in policy.in_pieces("learning", partial(one_reading, algorithm, policy, batch, credit, share, columns), rows, batch):
+            for stats in policy.in_pieces("learning", partial(one_reading, algorithm, policy, batch, credit, share, columns, seen=seen), rows, batch):
                 for name, value in stats.items():
                     found[name].append(value)
     return policy.limits.again("adding up metrics", lambda: {name: torch.stack(values).sum().item() for name, values in found.items()})
 
 
 def one_reading(
-    algorithm: Algorithm, policy: Policy, batch: Batch, credit: Any, share: Tensor, columns: frozenset[str], rows: Tensor
+    algorithm: Algorithm, policy: Policy, batch: Batch, credit: Any, share: Tensor, columns: frozenset[str], rows: Tensor,
+    seen: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Forward and backward of some rows; when it returns, nothing of the graph is left."""
     part = batch[rows]
@@ -165,4 +191,6 @@ def one_reading(
     readout = policy.read(part, columns | {"entropy"} if "logp" in columns else columns)
     loss = algorithm.loss(part, readout, rows_of(credit, rows, width))
     policy.backward(loss)
-    return {"loss": loss.value.detach(), **loss.stats, **entropy_and_mismatch(part, readout, share[rows, :width])}
+    if seen is not None and readout.logp is not None:
+        seen[rows.to(seen.device), :width] = readout.logp.detach()
+    return {"loss": loss.value.detach(), **loss.stats, **mean_entropy(readout, share[rows, :width])}

@@ -4,7 +4,7 @@ Three threads, so that nobody waits for the trainer, which is away learning most
 what was found, and the main one samples. The hearing one also ends the process as soon as the trainer is gone, even by `kill -9`: then
 standard input hangs up, whatever the main thread is doing.
 
-Messages in: {"run", "concurrent", "with_reference", "kv_cache", "folder"} once, then {"adapter", "folder", "version"} and {"share", "groups"}.
+Messages in: {"run", "concurrent", "with_reference", "kv_cache", "llama", "folder"} once, then {"adapter", "folder", "version"} and {"share", "groups"}.
 Messages out: {"ready"} once, then {"taken"} and {"share", "version", "rollouts", "busy", "idle"}; {"failed"} if a person must put something right.
 """
 
@@ -33,6 +33,7 @@ from localrl.settings import UserError
 if TYPE_CHECKING:
     # Loaded only after the process listens, so that it ends with the trainer from the start.
     from localrl.batch import Request, Rollout
+    from localrl.engines import Engine
 
 REFERENCE_TOKENS = 1024
 """Of one pass that reads the reference, padding included, where the settings do not say. Without gradients more is no faster."""
@@ -47,6 +48,7 @@ class Searcher:
         import torch
 
         from localrl.config import Run
+        from localrl.engines.llama.engine import LlamaEngine
         from localrl.engines.torch import TorchEngine
         from localrl.policy.policy import Policy
 
@@ -54,7 +56,14 @@ class Searcher:
         torch.set_num_threads(run.search.threads)
         self.policy = Policy.create(run, critic=False, checkpointing=False, head_chunk=run.memory.head_chunk or HEAD_CHUNK)
         settings = run.rollout.model_copy(update={"concurrent": start["concurrent"]})
-        self.engine = TorchEngine(self.policy.model, self.policy.tokenizer, settings, run.seed, kv_cache=start["kv_cache"])
+        model, tokenizer = self.policy.model, self.policy.tokenizer
+        self.engine: Engine
+        if start["llama"] is None:
+            self.engine = TorchEngine(model, tokenizer, settings, run.seed, kv_cache=start["kv_cache"])
+        else:
+            threads = min(run.rollout.threads or run.search.threads, run.search.threads)
+            self.engine = LlamaEngine(model, tokenizer, settings, run.seed, kind=start["llama"], threads=threads, kv_cache=start["kv_cache"], say=tell)
+            self.engine.follow(self.policy.save_adapter, 0)
         self.with_reference: bool = start["with_reference"]
         self.at_once = run.memory.micro_batch_tokens or REFERENCE_TOKENS
         self.version = 0
@@ -86,6 +95,11 @@ class Searcher:
         ref = self.policy.read_whole(batch, {"ref"}, order.split(rows)).ref
         assert ref is not None
         return [replace(r, ref=tuple(row[: len(r.tokens)])) for r, row in zip(rollouts, ref.tolist(), strict=True)]
+
+
+def tell(text: str) -> None:
+    """To the searchers' log."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def groups_of(groups: Sequence[Sequence[Request]]) -> list[list[Any]]:

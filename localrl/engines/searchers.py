@@ -31,7 +31,7 @@ from localrl.config import Run
 from localrl.engines.searcher import groups_of
 from localrl.rewards.process import has_exited
 from localrl.rewards.wire import HEAD, Message, frame, unframe
-from localrl.sections import RolloutSettings
+from localrl.sections import Gguf, RolloutSettings
 from localrl.settings import UserError
 
 DEPTH = 2
@@ -120,21 +120,25 @@ class Process:
 class Searchers:
     """An engine whose answers come late, of policies that were: Rollout.version tells which. A context manager: on leaving, the processes end.
 
-    `concurrent`: sequences that each searcher decodes at once; `with_reference`: rollouts carry the reference's log-probabilities; `say` is
-    told when a searcher died; `progress` hears, while the trainer waits, how many of the rollouts under way have come; `log`: the file for
-    what the processes print, else it lives as long as they do. Waits until every searcher has loaded its model. Raises UserError if one cannot.
+    `concurrent`: sequences that each searcher decodes at once; `llama`: what llama.cpp's base is rounded to, where it samples; `with_reference`:
+    rollouts carry the reference's log-probabilities; `say` is told when a searcher died; `progress` hears, while the trainer waits, how many of
+    the rollouts under way have come; `log`: the file for what the processes print, else it lives as long as they do. Waits until every searcher
+    has loaded its model. Raises UserError if one cannot.
     """
 
     exact = False
 
     def __init__(
-        self, run: Run, *, concurrent: int, with_reference: bool, kv_cache: Literal["full", "int8"] = "full", say: Callable[[str], None],
-        progress: Callable[[int, int], None] | None = None, log: Path | None = None,
+        self, run: Run, *, concurrent: int, with_reference: bool, kv_cache: Literal["full", "int8"] = "full", llama: Gguf | None = None,
+        say: Callable[[str], None], progress: Callable[[int, int], None] | None = None, log: Path | None = None,
     ) -> None:  # fmt: skip
         self.run, self.say, self.progress = run, say, progress
         self.folder = Path(tempfile.mkdtemp(prefix="localrl-search-"))
         self.log = log or self.folder / "search.log"
-        self._start = {"run": run.dump(), "concurrent": concurrent, "with_reference": with_reference, "kv_cache": kv_cache, "folder": str(self.folder)}
+        self._start = {
+            "run": run.dump(), "concurrent": concurrent, "with_reference": with_reference, "kv_cache": kv_cache, "llama": llama,
+            "folder": str(self.folder),
+        }  # fmt: skip
         self._most = run.search.ahead * run.rollout.prompts_per_step * run.rollout.num_generations
         self._adapters: dict[int, Adapter] = {}
         self._newest: Adapter | None = None
