@@ -55,6 +55,7 @@ class OwnForward:
         self.device = compute_device(inner)
         known = inspect.signature(inner.forward).parameters
         self.positioned, self.trimmed = "position_ids" in known, "logits_to_keep" in known
+        self.cache_name = "cache" if "cache" in known else "past_key_values"           # transformers 5.24 renamed it
 
     def prefill(self, contexts: Sequence[Sequence[int]], owner: Sequence[int], room: int) -> tuple[Tensor, ModelCache]:
         """As `Decoder.prefill`. A cache whose rows cannot be copied is filled row by row instead of once a group."""
@@ -71,22 +72,22 @@ class OwnForward:
         tokens = torch.tensor([[*[0] * (width - len(c)), *c] for c in contexts], device=self.device)
         mask = torch.arange(width, device=self.device) >= width - torch.tensor([[len(c)] for c in contexts], device=self.device)
         out = self._call(tokens, mask.long(), None)
-        return out.logits[:, -1].float(), ModelCache(out.past_key_values, mask.long())
+        return out.logits[:, -1].float(), ModelCache(getattr(out, self.cache_name), mask.long())
 
     def step(self, tokens: Tensor, cache: ModelCache) -> Tensor:
         """One token more for every row. (n,) int64 -> logits of the next (n, V) float32."""
         cache.mask = torch.cat((cache.mask, cache.mask.new_ones(len(tokens), 1)), 1)
         out = self._call(tokens[:, None], cache.mask, cache.kept)
-        cache.kept = out.past_key_values
+        cache.kept = getattr(out, self.cache_name)
         return out.logits[:, -1].float()
 
     def _call(self, tokens: Tensor, mask: Tensor, kept: Any) -> Any:
-        more: dict[str, Any] = {}
+        more: dict[str, Any] = {self.cache_name: kept}
         if self.positioned:
             more["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)[:, -tokens.shape[1] :]
         if self.trimmed:
             more["logits_to_keep"] = 1
-        return self.model(input_ids=tokens, attention_mask=mask, past_key_values=kept, use_cache=True, **more)
+        return self.model(input_ids=tokens, attention_mask=mask, use_cache=True, **more)
 
 
 def _lengthen(layer: Any, columns: int) -> None:
