@@ -17,6 +17,7 @@ from torch import Tensor
 from localrl.batch import Prompt, Request, Rollout, collate
 from localrl.engines import Engine
 from localrl.engines import torch as room
+from localrl.engines.call import LOOK_FOR_STRINGS
 from localrl.engines.decoder import Decoder
 from localrl.settings import UserError
 from tests.engines.models import by_name, engine, fingerprint, load, prompts, requests, sampling
@@ -182,7 +183,7 @@ def test_stop_strings_are_looked_for_on_the_way(make_model: Callable[..., Path])
     sampler = engine(model, tokenizer, max_completion_length=200, stop=("a", "b", "c", "d", "e", "f", "g", "h"))
     rollouts = sampler.generate(requests(1, 2), 0)
     assert all(r.done for r in rollouts)
-    assert sampler.stats.steps <= max(len(r.tokens) for r in rollouts) + room.LOOK_FOR_STRINGS < 199
+    assert sampler.stats.steps <= max(len(r.tokens) for r in rollouts) + LOOK_FOR_STRINGS < 199
 
 
 def test_a_stop_string_that_is_a_special_token_is_an_end_token(make_model: Callable[..., Path]) -> None:
