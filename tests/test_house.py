@@ -30,7 +30,10 @@ FLOORS = [
     {"demo"},
     {"cli"},
 ]
-NEIGHBOURS = {("algebra", "batch"), ("engines", "policy"), ("policy", "engines"), ("engines", "export"), ("export", "policy"), ("memory", "folder"), ("metrics", "memory")}
+NEIGHBOURS = {
+    ("algebra", "batch"), ("engines", "policy"), ("policy", "engines"), ("engines", "export"), ("export", "policy"),
+    ("memory", "folder"), ("metrics", "memory"),
+}
 
 
 def room(path: Path) -> str:
