@@ -63,6 +63,7 @@ def plan_on(run: Run, config: Any, card: Card, dtype: torch.dtype, say: Callable
         fewest_generations=min(run.eval.num_generations if run.eval.limit and run.eval.temperature else 1, rollout.num_generations),
         truncated=bool(rollout.top_k) or rollout.top_p < 1,
         searchers=run.search.processes,
+        llama=None if rollout.engine == "torch" else "q4_k_m" if rollout.gguf == "auto" else rollout.gguf,
         columns=max(1, len(algorithm.reads_before)),
         gradients=len(algorithm.directions([spec.weight for spec in run.rewards.functions])),
     )  # fmt: skip

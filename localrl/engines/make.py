@@ -13,7 +13,7 @@ from localrl.engines.choice import Chosen, kept, quicker, trial_requests
 from localrl.engines.llama.binding import library, missing
 from localrl.engines.llama.engine import LlamaEngine
 from localrl.engines.torch import TorchEngine
-from localrl.memory.llama import gpu_layers, kind_for
+from localrl.memory.llama import gpu_layers, kind_for, llama_line
 from localrl.memory.plan import MemoryPlan
 from localrl.sections import Gguf
 from localrl.settings import UserError
@@ -23,7 +23,10 @@ def kind_of_base(run: Run, plan: MemoryPlan) -> Gguf:
     """What llama.cpp's base is rounded to."""
     if run.rollout.gguf != "auto":
         return run.rollout.gguf
-    free = plan.card.usable - max(plan.phases.values()) if plan.card.device == "cpu" else psutil.virtual_memory().available
+    if plan.card.device == "cpu":                                    # the plan counts the smallest already
+        free = plan.card.usable - max(plan.phases.values()) + llama_line(plan.shape, plan.work, plan.concurrent, plan.choice.kv_cache == "int8")
+    else:
+        free = psutil.virtual_memory().available
     return kind_for(plan.shape, min(plan.concurrent, plan.work.rollouts), plan.work.longest, free)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from localrl.memory.cards import Card
 from localrl.memory.fit import Fits, Mode, prompts_in_wave, rollout_variables, training_variables
+from localrl.memory.llama import llama_line
 from localrl.memory.shape import Linear, ModelShape
 from localrl.memory.work import PHASES, SKETCH, Choice, DirectionKind, Need, Phase, Work, adapter_count, micro_batch, passes
 
@@ -33,6 +34,7 @@ def bill(
     items.append(Need("libraries' workspaces" if card.device == "cuda" else "Python and its libraries", card.overheads.libraries, PHASES))
     items += [Need("heap that the C library keeps", round(card.overheads.heap * size), (phase,)) for phase, size in short_lived.items()]
     items.append(_searchers(card, shape, work, choice, fits))
+    items.append(Need("llama.cpp's base and KV cache", llama_line(shape, work, choice.concurrent, choice.kv_cache == "int8"), PHASES))
     margin = card.overheads.fragmentation
     items += [Need(f"margin ({margin:.0%})", round(margin * size), (phase,)) for phase, size in peaks(items).items()]
     return tuple(item for item in items if item.bytes)

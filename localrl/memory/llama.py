@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from localrl.memory.shape import ModelShape
+from localrl.memory.work import Work
 from localrl.sections import Gguf
 
 BITS: Mapping[Gguf, float] = {"q8_0": 8.5, "q4_k_m": 4.9, "f16": 16.0, "f32": 32.0}
@@ -30,6 +31,13 @@ def llama_bytes(shape: ModelShape, kind: Gguf, rows: int, longest: int, eight_bi
     """All of it, with the logits and a layer's activations of one pass."""
     buffers = 4 * min(rows, MOST_ROWS) * shape.vocab + 4 * PASS * (4 * shape.hidden + 3 * shape.ffn)
     return base_bytes(shape, kind) + cache_bytes(shape, rows, longest, eight_bit) + buffers
+
+
+def llama_line(shape: ModelShape, work: Work, concurrent: int, eight_bit: bool = False) -> int:
+    """Of the bill on a CPU, once for each searcher; on a card it takes only what the others leave."""
+    if work.llama is None or work.device != "cpu":
+        return 0
+    return max(1, work.searchers) * llama_bytes(shape, work.llama, min(concurrent, work.rollouts), work.longest, eight_bit)
 
 
 def kind_for(shape: ModelShape, rows: int, longest: int, free: int) -> Gguf:

@@ -7,6 +7,7 @@ from typing import Literal
 
 from localrl.memory.cards import Device
 from localrl.memory.shape import ModelShape, Quantization
+from localrl.sections import Gguf
 
 Phase = Literal["load", "rollout", "scoring", "backward", "optimiser", "export"]
 PHASES: tuple[Phase, ...] = ("load", "rollout", "scoring", "backward", "optimiser", "export")
@@ -59,6 +60,9 @@ class Work:
     """Numbers that are read of each token before learning: log-probabilities, values, ..."""
     gradients: int = 0
     """Gradients of the adapter that are kept apart until the step is over; 0: the ordinary step."""
+
+    llama: Gguf | None = None
+    """What llama.cpp's base is rounded to, at the least, where it samples or may come to."""
 
     @property
     def rollouts(self) -> int:
