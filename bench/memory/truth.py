@@ -27,7 +27,7 @@ from torch import Tensor
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
-from bench.memory.cases import Case, draw, model_of
+from bench.memory.cases import SEVERAL, Case, draw, model_of
 from localrl.batch import Batch, Readout, Rollout, collate
 from localrl.devices import hearing_of_moves
 from localrl.engines.torch import TorchEngine
@@ -274,6 +274,7 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.memory truth", description=__doc__)
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--every", type=int, default=1, help=f"of so many cases the first; {SEVERAL}: each setting in one size")
     asked = parser.parse_args(arguments)
     warnings.filterwarnings("ignore")
     gc.collect()
@@ -281,7 +282,7 @@ def main(arguments: list[str]) -> None:
     rows, failed = list[Row](), list[str]()
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        for number, case in enumerate(draw(asked.count, asked.seed)):
+        for number, case in enumerate(draw(asked.count, asked.seed)[:: asked.every]):
             try:
                 found = compare(case, Path(folder) / f"model{number}")
             except NotLinear as error:                               # no plan at all: said, and not among the errors
@@ -290,7 +291,7 @@ def main(arguments: list[str]) -> None:
                 continue
             rows += found
             print(f"{number:4d} {time.perf_counter() - start:6.1f} s  {_short(found)}  {case.what}", flush=True)
-    text = report(rows, failed, time.perf_counter() - start, f"python -m bench.memory truth --count {asked.count} --seed {asked.seed}")
+    text = report(rows, failed, time.perf_counter() - start, f"python -m bench.memory truth --count {asked.count} --seed {asked.seed} --every {asked.every}")
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "truth.md").write_text(text)
     (RESULTS / "truth.csv").write_text(_table(rows))
