@@ -7,6 +7,9 @@ from collections.abc import Iterable
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+INSTALL_LLAMA_CPP = 'CMAKE_ARGS="-DLLAVA_BUILD=OFF" pip install "localrl[chat]"'
+"""What every sentence says that misses llama.cpp."""
+
 
 class UserError(Exception):
     """Something that the person at the keyboard can put right: one sentence with the value, the limit and the way out.

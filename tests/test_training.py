@@ -23,6 +23,7 @@ from localrl.interrupt import Interrupts
 from localrl.prepare import anchor, open_rewards, prepare
 from localrl.run import assemble
 from localrl.train import train
+from tests.displays import Silent
 from tests.policy.test_policy import hash_of_base
 
 REWARD = '''
@@ -175,15 +176,6 @@ def test_a_run_leaves_what_it_promises(home: Path, make_model: Callable[..., Pat
     assert read_lines(out / "metrics.jsonl")[-1]["step"] == 7
     assert call("train", *settings(make_model("qwen2"))) == 2         # folder in use
     assert "in use" in capsys.readouterr().err
-
-
-class Silent:
-    """A display that shows nothing."""
-
-    def say(self, text: str) -> None: ...
-    def phase(self, name: str) -> None: ...
-    def part(self, done: int, total: int) -> None: ...
-    def step(self, *_: object) -> None: ...
 
 
 def test_training_never_touches_the_base(home: Path, make_model: Callable[..., Path]) -> None:

@@ -30,7 +30,7 @@ from localrl.memory.plan import MemoryPlan
 from localrl.oom import Limits
 from localrl.planning import plan_on
 from localrl.policy.policy import Policy
-from localrl.simulate.phases import calibrated
+from localrl.simulate.phases import LATE, calibrated
 from localrl.train import accumulate
 from tests.oom import Scarce
 
@@ -120,7 +120,7 @@ def within(case: Case, run: Run, plan: MemoryPlan) -> tuple[Scarce, str]:
     try:
         with memory:
             rollouts = engine.generate(case.requests(), 0, settings=run.rollout.model_copy(update={"concurrent": choice.concurrent}))
-            batch = collate([_scored(rollout, i, case.rewards) for i, rollout in enumerate(rollouts)], weights, case.response)
+            batch = collate([_scored(rollout, i, case.rewards) for i, rollout in enumerate(rollouts)], weights, case.response, LATE)
             parts = plan.split(batch.sequence_length)
             readout = policy.read_whole(batch, algorithm.reads_before, parts) if algorithm.reads_before else Readout()
             credit = algorithm.credit(batch, readout)

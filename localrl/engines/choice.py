@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -89,8 +89,3 @@ def quicker(
     extra = " with the pass that corrects for it" if correct is not None else ""
     why = f"llama.cpp {speeds['llama_cpp']:.0f} tokens/s{extra}, torch {speeds['torch']:.0f}, {len(requests)} responses of up to {min(length, longest)} tokens"
     return Chosen("llama_cpp" if speeds["llama_cpp"] > speeds["torch"] else "torch", gguf, why)
-
-
-def trial_requests(requests: Sequence[Request], concurrent: int) -> list[Request]:
-    """One wave of them, as fresh responses."""
-    return [replace(request, so_far=()) for request in requests[:concurrent]]

@@ -16,9 +16,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from localrl.settings import UserError
+from localrl.settings import INSTALL_LLAMA_CPP, UserError
 
-INSTALL = 'CMAKE_ARGS="-DLLAVA_BUILD=OFF" pip install "localrl[chat]"'
 MAGIC = b"GGUF"
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 """GGUF's value types as `struct` writes them; 8 is a string, 9 an array."""
@@ -56,7 +55,7 @@ Fact = int | float | bool | str
 def require_llama() -> None:
     """UserError if llama-cpp-python is not installed. (Whether it works is seen in a child.)"""
     if importlib.util.find_spec("llama_cpp") is None:
-        raise UserError(f"this needs llama-cpp-python, which is not installed: {INSTALL}")
+        raise UserError(f"this needs llama-cpp-python, which is not installed: {INSTALL_LLAMA_CPP}")
 
 
 def require_gguf(path: Path) -> None:

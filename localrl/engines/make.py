@@ -9,7 +9,7 @@ import psutil
 
 from localrl.batch import Request, Rollout
 from localrl.config import Run
-from localrl.engines.choice import Chosen, kept, quicker, trial_requests
+from localrl.engines.choice import Chosen, kept, quicker
 from localrl.engines.llama.binding import library, missing
 from localrl.engines.llama.engine import LlamaEngine
 from localrl.engines.torch import TorchEngine
@@ -50,8 +50,8 @@ def choose(
     run: Run, plan: MemoryPlan, own: TorchEngine, requests: Sequence[Request], correct: Callable[[list[Rollout]], object] | None, folder: Path | None,
     say: Callable[[str], None],
 ) -> tuple[Chosen, LlamaEngine | None]:  # fmt: skip
-    """Who samples, and llama.cpp's engine if it does. `requests`: what the first step asks; `correct`: the pass over its rollouts that only
-    llama.cpp makes necessary; `folder`: the run's, where an earlier part of it may have chosen.
+    """Who samples, and llama.cpp's engine if it does. `requests`: what the first step asks, of which one wave is tried; `correct`: the pass over its rollouts
+    that only llama.cpp makes necessary; `folder`: the run's, where an earlier part of it may have chosen.
 
     UserError if llama.cpp is asked for by name and cannot.
     """
@@ -73,7 +73,7 @@ def choose(
     if wanted == "llama_cpp":
         return known or Chosen("llama_cpp", kind, "as set"), other
     other.follow(lambda folder: None, 0)
-    chosen = quicker(own, other, trial_requests(requests, own.settings.concurrent or len(requests)), kind, correct)
+    chosen = quicker(own, other, requests[: own.settings.concurrent], kind, correct)
     say(f"rollout.engine=auto: {'llama.cpp' if chosen.engine == 'llama_cpp' else 'torch'} samples ({chosen.why})")
     if chosen.engine == "llama_cpp":
         other.begin(-1)

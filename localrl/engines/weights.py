@@ -120,13 +120,20 @@ def multiply(weight: Tensor, bias: Tensor | None) -> Linear:
     A large matrix on a CPU is laid out once as oneDNN's kernels want it. They would do that anew in every product, which at a few dozen
     rows takes a third to a half of its time. torch has the two operators for its own compiler; where they are not, W is used as it is.
     """
-    packs = kind_of(weight.device) == "cpu" and weight.dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available()
-    if weight.numel() < PACK_FROM or not packs or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    if weight.numel() < PACK_FROM or kind_of(weight.device) != "cpu" or not _packs(weight.dtype):
         return lambda x: F.linear(x, weight, bias)
     call = torch.ops.mkldnn._linear_pointwise
     # What oneDNN lays out has no fake: where nothing is computed, a copy of the same size stands for it.
     laid_out = weight.clone() if isinstance(weight, FakeTensor) else torch.ops.mkldnn._reorder_linear_weight(weight, PACK_ROWS)
     return lambda x: call(x, laid_out, bias, "none", [], "")
+
+
+def _packs(dtype: torch.dtype) -> bool:
+    """Whether this processor's oneDNN lays out such a matrix: bf16 only with instructions that many desktops' lack, and then it is an error to ask."""
+    ops = torch.ops.mkldnn
+    if not torch.backends.mkldnn.is_available() or not hasattr(ops, "_linear_pointwise"):
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and hasattr(ops, "_is_mkldnn_bf16_supported") and bool(ops._is_mkldnn_bf16_supported()))
 
 
 def _added(weight: Tensor, terms: list[LowRank]) -> Tensor:

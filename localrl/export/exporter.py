@@ -30,7 +30,7 @@ from localrl.export.tensors import Weights, against_model, against_parent, fallb
 from localrl.export.tokenizer import Vocabulary, read_vocabulary
 from localrl.export.weights import Source, adapter_sources, causal_lm, check_lora, check_model, shape_of
 from localrl.export.writer import F16_MAX, FILE_TYPES, DType, Progress, write
-from localrl.settings import UserError
+from localrl.settings import INSTALL_LLAMA_CPP, UserError
 
 What = Literal["merged", "adapter", "base"]
 Merge = Literal["auto", "dequantized", "original"]
@@ -53,7 +53,7 @@ def check_exportable(config: Any, lora: Mapping[str, Any], tokenizer: Any | None
 def require_llama_cpp() -> None:
     """UserError if there is nothing to check a file with."""
     if importlib.util.find_spec("llama_cpp") is None:
-        raise UserError('exports are checked with llama-cpp-python, which is missing: CMAKE_ARGS="-DLLAVA_BUILD=OFF" pip install "localrl[chat]"')
+        raise UserError(f"exports are checked with llama-cpp-python, which is not installed: {INSTALL_LLAMA_CPP}")
 
 
 def export(

@@ -133,8 +133,12 @@ class Rehearsal:
 
         def back(number: int, output: Any) -> None:
             states = output if isinstance(output, Tensor) else output[0]
+
+            def reached(gradient: Tensor) -> None:                   # what it returns would take the gradient's place
+                self.counter.enter("layer back", count - 1 - number, count)
+
             if states.requires_grad:
-                states.register_hook(lambda gradient: (self.counter.enter("layer back", count - 1 - number, count), None)[1])
+                states.register_hook(reached)
 
         for number, layer in enumerate(layers):
             if not checkpointing:

@@ -18,6 +18,7 @@ from localrl.config import load_run
 from localrl.engines.llama_cpp import LlamaModel
 from localrl.export import Sample, export
 from localrl.run import train_run
+from tests.displays import Silent
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -63,20 +64,6 @@ def merged(trained: tuple[Any, Any, Path]) -> LlamaModel:
 @pytest.fixture(scope="session")
 def base(trained: tuple[Any, Any, Path]) -> LlamaModel:
     return LlamaModel(trained[2] / "model-base-f32.gguf", threads=1)
-
-
-class Silent:
-    """A display that shows nothing and keeps the sentences."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.said.append(text)
-
-    def phase(self, name: str) -> None: ...
-    def part(self, done: int, total: int) -> None: ...
-    def step(self, step: int, steps: int, metrics: dict[str, float]) -> None: ...
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,8 @@ from localrl.engines import llama_cpp
 from localrl.engines.llama_cpp import LlamaModel, Sampling, TooLong
 from localrl.exports import Files, exported, find
 from localrl.settings import UserError
-from tests.chat.conftest import Shell, Silent, sentence
+from tests.chat.conftest import Shell, sentence
+from tests.displays import Silent
 
 ASK = [{"role": "user", "content": "What is 2+2? Grüße"}]
 GREEDY = Sampling(temperature=0.0, max_tokens=12)

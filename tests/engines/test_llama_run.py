@@ -22,23 +22,10 @@ from localrl.memory.shape import ModelShape
 from localrl.metrics import mismatch
 from localrl.run import resume_run, train_run
 from localrl.train import Drifted, check_sampler
+from tests.displays import Silent
 
 WORDS = {"model.device": "cpu", "data.path": "data.jsonl", "data.holdout": 2, "adapter.lora_r": 4, "rollout.prompts_per_step": 2,
          "rollout.num_generations": 4, "rollout.max_completion_length": 8, "optim.learning_rate": 0.01, "log.save_steps": 2, "eval.limit": 0}  # fmt: skip
-
-
-class Listener:
-    """A display that keeps what is said."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.said.append(text)
-
-    def phase(self, name: str) -> None: ...
-    def part(self, done: int, total: int) -> None: ...
-    def step(self, step: int, steps: int, metrics: dict[str, float]) -> None: ...
 
 
 @pytest.fixture
@@ -48,11 +35,11 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_model: Callable[..
     (tmp_path / "reward.py").write_text("def short(completion_ids, **kwargs):\n    return [1.0 / len(set(ids)) for ids in completion_ids]\n")
     monkeypatch.chdir(tmp_path)
 
-    def go(folder: str, display: Listener | None = None, **settings: Any) -> Path:
+    def go(folder: str, display: Silent | None = None, **settings: Any) -> Path:
         values = {**WORDS, "model.path": str(make_model("llama")), "log.dir": folder, "steps": 4, **settings}
         lines = [f"{key}={json.dumps(value)}" for key, value in values.items()]
         return train_run(load_run(overrides=[*lines, "algorithm.name=grpo" if "algorithm.name" not in settings else "seed=0",
-                                             'rewards.functions=["reward.py:short"]']), display or Listener())  # fmt: skip
+                                             'rewards.functions=["reward.py:short"]']), display or Silent())  # fmt: skip
 
     return go
 
@@ -67,7 +54,7 @@ def test_a_resumed_run_comes_to_the_same_numbers(run: Callable[..., Path]) -> No
     whole = run("whole", **{"rollout.engine": "llama_cpp", "rollout.threads": 1})
     part = run("part", **{"rollout.engine": "llama_cpp", "rollout.threads": 1, "steps": 2})
     assert kept(part) == Chosen("llama_cpp", "q8_0", "as set")
-    resume_run(part, Listener(), steps=4)
+    resume_run(part, Silent(), steps=4)
     assert numbers(part) == numbers(whole)
     row = numbers(whole)[-1]
     assert 0 < row["sampler/mean_difference"] < row["sampler/p99_difference"] < 0.5 and 0.95 < row["sampler/ess"] <= 1 and row["sampler/age"] == 0
@@ -75,12 +62,12 @@ def test_a_resumed_run_comes_to_the_same_numbers(run: Callable[..., Path]) -> No
 
 
 def test_auto_tries_both_and_a_resumed_run_keeps_the_answer(run: Callable[..., Path]) -> None:
-    display = Listener()
+    display = Silent()
     folder = run("auto", display, **{"rollout.engine": "auto", "steps": 1})
     assert any("tokens/s" in text for text in display.said)
     other: dict[str, Any] = {"engine": "llama_cpp", "gguf": "f16", "why": "a test"}
     (folder / "engine.json").write_text(json.dumps(other))
-    resume_run(folder, Listener(), steps=2)
+    resume_run(folder, Silent(), steps=2)
     assert kept(folder) == Chosen(**other)
     assert "rollout/threads" in numbers(folder)[-1]
 

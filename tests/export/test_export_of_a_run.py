@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,28 +34,8 @@ from localrl.outcome import export_files, load_trained
 from localrl.prepare import anchor, foresee_export
 from localrl.run import train_run
 from localrl.settings import UserError
+from tests.displays import Silent
 from tests.export.test_gguf_failures import plant, rewrite
-
-
-class Silent:
-    """A display that keeps what it is told."""
-
-    def __init__(self, on_phase: Callable[[str], None] = lambda name: None) -> None:
-        self.said: list[str] = []
-        self.phases: list[str] = []
-        self.on_phase = on_phase
-
-    def say(self, text: str) -> None:
-        self.said.append(text)
-
-    def phase(self, name: str) -> None:
-        self.phases.append(name)
-        self.on_phase(name)
-
-    def part(self, done: int, total: int) -> None:
-        assert 0 <= done <= total
-
-    def step(self, step: int, steps: int, metrics: dict[str, float]) -> None: ...
 
 
 @pytest.fixture(scope="module")

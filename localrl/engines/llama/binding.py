@@ -16,9 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from localrl.settings import UserError
+from localrl.settings import INSTALL_LLAMA_CPP, UserError
 
-INSTALL = 'CMAKE_ARGS="-DLLAVA_BUILD=OFF" pip install "localrl[chat]"'
 BATCH = 512
 """Most tokens of one pass."""
 MOST_ROWS = 256
@@ -38,7 +37,7 @@ def missing() -> str | None:
     try:
         import llama_cpp  # noqa: F401
     except ImportError:
-        return f"rollout.engine = 'llama_cpp' needs llama-cpp-python, which is not installed: {INSTALL}"
+        return f"rollout.engine = 'llama_cpp' needs llama-cpp-python, which is not installed: {INSTALL_LLAMA_CPP}"
     return None
 
 
