@@ -125,10 +125,10 @@ class Case:
         """Of that run, with as many bytes."""
         return plan_on(run, self.config(), Card.budget(budget), getattr(torch, self.dtype))
 
-    def requests(self) -> list[Request]:
-        """Prompts as long as they may be; ragged: the first one alone."""
+    def requests(self, shorter: int = 0) -> list[Request]:
+        """Prompts as long as they may be, all but the first `shorter` by so many tokens; ragged: by any number up to a half."""
         draw = random.Random(0)
-        lengths = [max(1, self.prompt - (draw.randint(1, self.prompt // 2) if self.ragged and i else 0)) for i in range(self.prompts)]
+        lengths = [max(1, self.prompt - (draw.randint(1, self.prompt // 2) if self.ragged else shorter) * (i > 0)) for i in range(self.prompts)]
         prompts = [Prompt(i, tuple(draw.randrange(256) for _ in range(length)), "") for i, length in enumerate(lengths)]
         return [Request(prompt, sample) for prompt in prompts for sample in range(self.group)]
 

@@ -20,7 +20,7 @@ from statistics import median
 import torch
 
 from bench.memory.cases import UNBOUNDED, Case, draw, model_of
-from bench.memory.truth import _scored, model_tensors, policy_tensors
+from bench.memory.truth import model_tensors, policy_tensors, scored
 from localrl.batch import Readout, collate
 from localrl.config import Run
 from localrl.engines.torch import TorchEngine
@@ -120,7 +120,7 @@ def within(case: Case, run: Run, plan: MemoryPlan) -> tuple[Scarce, str]:
     try:
         with memory:
             rollouts = engine.generate(case.requests(), 0, settings=run.rollout.model_copy(update={"concurrent": choice.concurrent}))
-            batch = collate([_scored(rollout, i, case.rewards) for i, rollout in enumerate(rollouts)], weights, case.response, LATE)
+            batch = collate([scored(rollout, i, case.rewards) for i, rollout in enumerate(rollouts)], weights, case.response, LATE)
             parts = plan.split(batch.sequence_length)
             readout = policy.read_whole(batch, algorithm.reads_before, parts) if algorithm.reads_before else Readout()
             credit = algorithm.credit(batch, readout)

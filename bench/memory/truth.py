@@ -28,8 +28,9 @@ from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
 from bench.memory.cases import SEVERAL, Case, draw, model_of
-from localrl.batch import Batch, Readout, Rollout, collate
+from localrl.batch import Batch, Readout, Request, Rollout, collate
 from localrl.devices import hearing_of_moves
+from localrl.engines.decoder import misfit
 from localrl.engines.torch import TorchEngine
 from localrl.export.families import FAMILIES as EXPORTED
 from localrl.export.families import family_of
@@ -161,13 +162,14 @@ def measure(case: Case, plan: MemoryPlan, folder: Path, traces: dict[str, Trace]
     note("load", mapped, trace)
     policy.tokenizer.eos_token = None
     policy.model.generation_config.eos_token_id = policy.model.get_base_model().generation_config.eos_token_id = None
-    requests = case.requests()
+    padded = misfit(policy.model, case.prompt + case.response) is not None             # its own forward pass then needs a mask
+    requests, whole = case.requests(shorter=int(padded)), case.requests()
     before = storages(*policy_tensors(policy))
     engine = TorchEngine(policy.model, policy.tokenizer, run.rollout, 0, kv_cache=choice.kv_cache)
     with traced() as trace:
         rollouts = engine.generate(requests, 0, settings=run.rollout.model_copy(update={"concurrent": choice.concurrent}))
     note("rollout", before, trace)
-    batch = collate([_scored(rollout, i, case.rewards) for i, rollout in enumerate(rollouts)], weights, case.response, LATE)
+    batch = collate([scored(rollout, i, case.rewards, whole[i]) for i, rollout in enumerate(rollouts)], weights, case.response, LATE)
     parts = plan.split(batch.sequence_length)
     before = storages(*policy_tensors(policy), *tensors_of(batch))
     columns = algorithm.reads_before or frozenset({"logp"})          # those of `optim.num_iterations` above 1
@@ -197,10 +199,12 @@ def measure(case: Case, plan: MemoryPlan, folder: Path, traces: dict[str, Trace]
     return peaks
 
 
-def _scored(rollout: Rollout, number: int, rewards: int) -> Rollout:
+def scored(rollout: Rollout, number: int, rewards: int, request: Request | None = None) -> Rollout:
+    """With rewards that differ, and as the answer to another request if one is given."""
     if len(rollout.tokens) == 0 or rollout.done:
         raise RuntimeError("a response ended: the worst case has none that does")
-    return Rollout(rollout.request, rollout.tokens, "", number % 2 == 0, LATE, rollout.logp, tuple(float((number * 7 + r * 3) % 5) for r in range(rewards)))
+    marks = tuple(float((number * 7 + r * 3) % 5) for r in range(rewards))
+    return Rollout(request or rollout.request, rollout.tokens, "", number % 2 == 0, LATE, rollout.logp, marks)
 
 
 def predicted(plan: MemoryPlan) -> dict[Phase, int]:

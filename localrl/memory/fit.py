@@ -44,6 +44,11 @@ class Mode:
         """The mode that some knobs stand for."""
         return cls(choice.gradient_checkpointing, choice.mlp_tile > 0, choice.offload and choice.gradient_checkpointing)
 
+    def depths(self, shape: ModelShape) -> tuple[int, ...]:
+        """Layers of the models that are simulated, two of them: the first layers must be like those between. A model of fewer is simulated as it is."""
+        few = 4 if self.offload else 3 if 0 < shape.windowed_layers < shape.layers else 2
+        return (few, few + 1) if shape.layers >= few else (shape.layers,)
+
 
 class Fits(Protocol):
     """Lines of one model, asked of one kind of work. Making some may take seconds; they are kept."""

@@ -34,15 +34,17 @@ OWN_FORWARD: tuple[Feature, ...] = (
 Points = list[tuple[Variables, list[Event]]]
 
 
-def training_lines(config: Any, run: Run, dtype: torch.dtype, device: Kind, mode: Mode, row: int | None = None) -> dict[str, Lines]:
-    """Peaks of scoring, backward and the optimiser's step, and what lasts. `row`: tokens of every row, a multiple of 4, where that decides what is done.
+def training_lines(
+    config: Any, run: Run, dtype: torch.dtype, device: Kind, mode: Mode, depths: tuple[int, ...], row: int | None = None
+) -> dict[str, Lines]:
+    """Peaks of scoring, backward and the optimiser's step, and what lasts. `depths`: layers of the models that are simulated (`Mode.depths`); `row`:
+    tokens of every row, a multiple of 4, where that decides what is done.
 
     Scoring and backward are counted with gradients there, "first" is a backward pass that makes them."""
-    few, more = (4, 5) if mode.offload else (3, 4) if _windowed(config) else (2, 3)      # the first layers must be like those between
-    changes = _design(few, more, mode.tiled, row)
-    rehearsals = {layers: _ready(config, run, dtype, device, mode, layers) for layers in (few, more)}
+    changes = _design(depths, mode.tiled, row)
+    rehearsals = {layers: _ready(config, run, dtype, device, mode, layers) for layers in depths}
     points: dict[str, Points] = {"scoring": [], "backward": [], "first": []}
-    columns = rehearsals[few].algorithm.reads_before or frozenset({"logp"})
+    columns = rehearsals[depths[0]].algorithm.reads_before or frozenset({"logp"})
     for point in changes:
         rehearsal = rehearsals[point["layers"]]
         rehearsal.counter.skips = True
@@ -53,7 +55,8 @@ def training_lines(config: Any, run: Run, dtype: torch.dtype, device: Kind, mode
         points["scoring"].append((at, rehearsal.scoring(work, columns).events))
         points["backward"].append((at, rehearsal.backward(work).events))
         points["first"].append((at, [event._replace(live=event.live - event.owed) for event in points["backward"][-1][1]]))
-    features = TRAINING + TILED if mode.tiled else TRAINING
+    deep = len(depths) > 1
+    features = tuple(feature for feature in TRAINING + TILED * mode.tiled if deep or "layers" not in feature)
     lines = {name: lines_of(found, features, partial(_any_pass, tiled=mode.tiled)) for name, found in points.items()}
     updates = [({"layers": layers}, rehearsal.update().peak) for layers, rehearsal in rehearsals.items()]
     lasting = {
@@ -63,26 +66,21 @@ def training_lines(config: Any, run: Run, dtype: torch.dtype, device: Kind, mode
         "gradients": [({"layers": layers}, rehearsal.gradients) for layers, rehearsal in rehearsals.items()],
         "optimiser": updates,
     }
-    return lines | {name: straight(found, LASTING) for name, found in lasting.items()}
+    return lines | {name: straight(found, LASTING[: len(depths)]) for name, found in lasting.items()}
 
 
-def _design(few: int, more: int, tiled: bool, row: int | None) -> list[dict[str, int]]:
+def _design(depths: tuple[int, ...], tiled: bool, row: int | None) -> list[dict[str, int]]:
     """Passes that differ in one thing at a time. All tiles and chunks are of one size, and two rows of each pass as long as asked."""
+    few, *more = depths
     unit, rest = (row, row // 4) if row else (256, 64)
     base = {"layers": few, "tokens": 4 * unit, "read": 4 * rest, "chunk": 2 * rest, "tile": 2 * unit if tiled else 0}
     short = 2 * unit if row else 3 * unit // 2                       # fewer than a norm takes at a time
     few_tokens = {"tokens": short, "read": 4 * rest, "tile": short // 2 if tiled else 0}
-    changes: list[dict[str, int]] = [
-        {}, {"layers": more}, {"tokens": 6 * unit, "read": 6 * rest}, {"layers": more, "tokens": 6 * unit, "read": 6 * rest}, {"read": 8 * rest},
-        {"chunk": 4 * rest, "read": 8 * rest}, few_tokens,
-    ]  # fmt: skip
-    changes += [{"tile": 3 * unit, "tokens": 6 * unit, "read": 6 * rest}] if tiled else []
+    longer = {"tokens": 6 * unit, "read": 6 * rest}
+    changes: list[dict[str, int]] = [{}, longer, {"read": 8 * rest}, {"chunk": 4 * rest, "read": 8 * rest}, few_tokens]
+    changes += [{"layers": layers, **change} for layers in more for change in ({}, longer)]
+    changes += [{"tile": 3 * unit, **longer}] if tiled else []
     return [{**base, **change} for change in changes]
-
-
-def _windowed(config: Any) -> bool:
-    """Whether layers are of two kinds."""
-    return len(set(getattr(config.get_text_config(), "layer_types", None) or [""])) > 1
 
 
 def _ready(config: Any, run: Run, dtype: torch.dtype, device: Kind, mode: Mode, layers: int) -> Rehearsal:

@@ -46,11 +46,13 @@ class Simulated:
         def simulate(run: Run) -> dict[str, Lines]:
             from localrl.simulate.fits import training_lines
 
-            return training_lines(_unwindowed(self.config) if within else self.config, run, self.dtype, self.device, mode, row)
+            return training_lines(_unwindowed(self.config) if within else self.config, run, self.dtype, self.device, mode, depths, row)
 
+        depths = mode.depths(self.shape)
         row, within = self._row(work), bool(self.shape.window and work.longest <= self.shape.window)
         about = {**vars(mode), "reads": _reads(self.run), "optimizer": work.optimizer, **({"row": row} if row else {}), **({"within": True} if within else {})}
         about |= {"directions": work.gradients} if work.gradients else {}
+        about |= {"layers": depths[0]} if len(depths) == 1 else {}
         return self._lines(work, "training", about, simulate)  # type: ignore[return-value]
 
     def rollout(self, work: Work, kv_cache: Literal["full", "int8"]) -> Lines:

@@ -12,6 +12,7 @@ from localrl.config import Run, build
 from localrl.devices import Kind
 from localrl.memory.fit import Mode, pass_variables, wave_variables
 from localrl.memory.lines import Feature
+from localrl.memory.shape import ModelShape
 from localrl.simulate.fits import TRAINING, cut, rollout_lines, training_lines
 from localrl.simulate.phases import Pass, Rehearsal, WaveOf
 from localrl.simulate.solve import NotLinear, lines_of
@@ -47,20 +48,28 @@ def its_dtype(device: Kind) -> torch.dtype:
 
 @pytest.mark.parametrize("case", TRAINED.values(), ids=TRAINED)
 def test_training_at_other_sizes(case: tuple[str, str, Kind, str, Mode]) -> None:
-    family, quantization, device, algorithm, mode = case
-    config, run = a_config(family), a_run(quantization, algorithm)
-    lines = training_lines(config, run, its_dtype(device), device, mode)
-    whole = Rehearsal(cut(config, 6), run, its_dtype(device), device, checkpointing=mode.gradient_checkpointing, offload=mode.offload)
+    _trains(*case, layers=6)
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_training_of_a_model_with_few_layers(layers: int) -> None:
+    _trains("qwen3", "nf4", "cpu", "grpo", Mode(True, False, True), layers)
+
+
+def _trains(family: str, quantization: str, device: Kind, algorithm: str, mode: Mode, layers: int) -> None:
+    config, run = cut(a_config(family), layers), a_run(quantization, algorithm)
+    lines = training_lines(config, run, its_dtype(device), device, mode, mode.depths(ModelShape.read(config.to_dict())))
+    whole = Rehearsal(config, run, its_dtype(device), device, checkpointing=mode.gradient_checkpointing, offload=mode.offload)
     whole.make_gradients()
     reads = run.algorithm.reads_before or frozenset({"logp"})
     for rows, prompt, response, chunk, tile in ((1, 2500, 2000, 256, 1024), (8, 300, 200, 1024, 512), (3, 900, 100, 64, 300)):
         tile *= mode.tiled
         whole.turn(head_chunk=chunk, mlp_tile=tile)
-        at = pass_variables(6, rows * (prompt + response), rows * response, chunk, tile)
+        at = pass_variables(layers, rows * (prompt + response), rows * response, chunk, tile)
         work = Pass(rows, prompt, response)
         assert lines["scoring"].at(at) == pytest.approx(whole.scoring(work, reads).peak, rel=1e-3)
         assert lines["backward"].at(at) == pytest.approx(whole.backward(work).peak, rel=5e-3)
-    at = {"layers": 6}
+    at = {"layers": layers}
     assert [lines[name].at(at) for name in ("loaded", "kept", "gradients")] == [whole.loaded, whole.kept, whole.gradients]
     assert lines["optimiser"].at(at) == pytest.approx(whole.update().peak, rel=1e-3)
 
