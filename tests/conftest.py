@@ -43,6 +43,17 @@ def tiny_config(family: str, vocabulary: int, **changes: Any) -> Any:
     return AutoConfig.for_model(family, **(sizes | changes))
 
 
+def save_tiny(folder: Path, family: str, **changes: Any) -> Path:
+    """A small random model of that family and its tokenizer, into that folder."""
+    tokenizer = byte_tokenizer()
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config(family, len(tokenizer), **changes))
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """make_model("llama") -> folder with a small model of that family and its tokenizer; the same arguments give the same folder."""
@@ -51,14 +62,7 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     def make(family: str = "llama", **changes: Any) -> Path:
         key = f"{family}-{sorted(changes.items())}"
         if key not in made:
-            folder = tmp_path_factory.mktemp(family)
-            tokenizer = byte_tokenizer()
-            torch.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(tiny_config(family, len(tokenizer), **changes))
-            model.generation_config.eos_token_id = tokenizer.eos_token_id
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-            made[key] = folder
+            made[key] = save_tiny(tmp_path_factory.mktemp(family), family, **changes)
         return made[key]
 
     return make

@@ -6,215 +6,46 @@
 from __future__ import annotations
 
 import gc
-import math
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from localrl.batch import Batch, Loss, Prompt, Rollout, collate
-from localrl.buffer import make_buffer
-from localrl.config import build
-from localrl.engines.torch import TorchEngine
+from localrl.batch import Loss
 from localrl.interrupt import Interrupts
-from localrl.memory.cards import Card
-from localrl.memory.plan import packed
-from localrl.metrics import Clock, Metrics
 from localrl.oom import Limits, OutOfMemory, attempt, out_of_memory
 from localrl.policy.optim import make_optimizer, take_step
-from localrl.policy.policy import Policy
-from localrl.rewards.pool import Report
 from localrl.sections import OptimSettings
-from localrl.train import Session, one_step, train
+from localrl.train import train
 from tests.engines.models import engine, load, requests
+from tests.forced import CASES, MICRO_BATCH, SMALL, Bench, Undisturbed, a_bench, distance, one_thread
 from tests.oom import Scarce, budget, fail_at, fragmented
 
-MICRO_BATCH = 36
-"""Tokens of a pass."""
 EVERY = bool(os.environ.get("LOCALRL_EVERY_ALLOCATION"))
-SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
-WORK = ("time/", "tokens_per_second/", "memory/", "rollout/passes", "rollout/idle_share")
-"""Metrics of how it was done rather than of what."""
-CASES: dict[str, dict[str, Any]] = {
-    "grpo nf4": {},
-    "grpo int8": {"model": {"quantization": "int8"}},
-    "grpo none": {"model": {"quantization": "none"}},
-    "reference, two iterations": {"algorithm": {"name": "grpo", "beta": 0.1}, "optim": {"num_iterations": 2}},
-    "ppo, critic": {"algorithm": {"name": "ppo"}},
-    "gdpo, directed, lagged": {"algorithm": {"name": "gdpo", "weighting": "directed"}, "memory": {"directions": "lagged"}},
-    "gdpo, directed, whole": {"algorithm": {"name": "gdpo", "weighting": "directed"}, "memory": {"directions": "float32"}},
-    "gdpo, directed, two passes": {"algorithm": {"name": "gdpo", "weighting": "directed"}, "memory": {"directions": "two_pass"}},
-    "tba, replay": {"algorithm": {"name": "tba"}, "replay": {"capacity": 8, "recent": 0.5}},
-    "tppo, window": {"algorithm": {"name": "tppo", "ignore_tail": 1}, "rollout": {"window": 3}},
-}
 
 
-class Counted:
-    """Two rewards that a rollout's own tokens decide."""
-
-    names, weights = ("low", "varied"), (1.0, 0.5)
-
-    def score(self, rollouts: list[Rollout]) -> list[Rollout]:
-        def of(r: Rollout) -> tuple[float, float]:
-            return sum(t < 100 for t in r.tokens) / len(r.tokens), len(set(r.tokens)) / len(r.tokens)
-
-        return [replace(r, rewards=(math.nan, math.nan) if r.more else of(r)) for r in rollouts]
-
-    def report(self) -> Report:
-        return Report({}, ())
-
-
-@dataclass
-class Bench:
-    """A session that can be put back to where it was, and the tokens that went through the model's layers."""
-
-    session: Session
-    tokens: int = 0
-
-    def __post_init__(self) -> None:
-        def count(module: Any, args: Any, kwargs: Any) -> None:
-            self.tokens += kwargs["input_ids"].numel()
-
-        policy = self.session.policy
-        policy.model.get_base_model().get_decoder().register_forward_pre_hook(count, with_kwargs=True)
-        _, rollouts = self.run_step()                                # so that the optimiser has a past
-        self.batch: Batch = collate(rollouts, (1.0, 0.5), 8)
-        self._tensors = [(t, t.clone()) for t in self.changing()]
-        self._counts = {p: s["step"] for p, s in policy.optimizer.state.items() if isinstance(s["step"], int)}
-        self._buffer, self._past, self.step = self.session.buffer.snapshot(), list(policy.past), policy.step
-        self._update = None if policy.directions is None else policy.directions.state()
-
-    def changing(self) -> list[Tensor]:
-        policy = self.session.policy
-        state = [v for s in policy.optimizer.state.values() for v in s.values() if isinstance(v, Tensor)]
-        return [p.detach() for _, p in policy.trainable()] + state
-
-    def restore(self) -> None:
-        policy = self.session.policy
-        with torch.no_grad():
-            for tensor, value in self._tensors:
-                tensor.copy_(value)
-        for parameter, count in self._counts.items():
-            policy.optimizer.state[parameter]["step"] = count
-        self.session.buffer.rollback(self._buffer)
-        policy.past.clear()
-        policy.past.extend(self._past)
-        policy.step, policy.updates = self.step, 0
-        policy.drop_gradients()
-        if policy.directions is not None and self._update is not None:
-            policy.directions.restore(self._update)
-        limits = self.session.limits
-        limits.micro_batch_tokens, limits.concurrent, limits.retries = None, None, 0
-        self.session.engine._live = False  # type: ignore[attr-defined]
-        self.session.engine._calls.clear()  # type: ignore[attr-defined]
-        self.tokens = 0
-
-    def run_step(self, phases: list[tuple[str, int]] | None = None, memory: Scarce | None = None) -> tuple[Metrics, list[Rollout]]:
-        def announce(name: str) -> None:
-            if phases is not None and memory is not None:
-                phases.append((name, memory.allocations))
-
-        policy = self.session.policy
-        metrics, rollouts, _ = one_step(self.session, policy.step, Clock(announce, policy.device), Interrupts())
-        return {k: v for k, v in metrics.items() if not k.startswith(WORK) or k == "memory/oom_retries"}, rollouts
-
-
-def cut_up(sequence_length: Tensor, most: int) -> list[Tensor]:
-    """As `MemoryPlan.split` does it, without a plan."""
-    order = sequence_length.argsort(descending=True, stable=True)
-    return [order[start:end] for start, end in packed(sequence_length[order].tolist(), most)]
-
-
-def a_bench(make_model: Callable[..., Path], case: dict[str, Any], **knobs: Any) -> Bench:
-    folder = make_model("llama", **SMALL)
-    values: dict[str, Any] = {
-        "model": {"path": str(folder), "quantization": "nf4", "device": "cpu"},
-        "data": {"path": "unused.jsonl"},
-        "rewards": {"functions": [{"function": "exact_answer"}]},
-        "algorithm": {"name": "grpo"},
-        "adapter": {"lora_r": 4},
-        "optim": {"learning_rate": 1e-3, "max_grad_norm": 0.01},
-        "rollout": {"prompts_per_step": 2, "num_generations": 3, "max_completion_length": 8, "concurrent": 4},
-    }
-    for name, section in case.items():
-        values[name] = {**({} if name == "algorithm" else values.get(name, {})), **section}
-    run = build(values)
-    told = {"micro_batch_tokens": MICRO_BATCH, "concurrent": 4, "head_chunk": 16, "gradient_checkpointing": True, **knobs}
-    rewards = Counted()
-    algorithm = run.algorithm.for_sampler(exact=True)
-    columns = algorithm.reads_before | algorithm.reads_during
-    directions = algorithm.directions(rewards.weights)
-    kind = "float32" if run.memory.directions == "auto" else run.memory.directions
-    plan: Any = SimpleNamespace(micro_batch_tokens=told["micro_batch_tokens"], phases={}, card=Card.of("16GiB", "cpu"))    # what the loop asks of it
-    plan.split = partial(cut_up, most=told["micro_batch_tokens"])
-    policy = Policy.create(
-        run, critic="value" in columns, checkpointing=told["gradient_checkpointing"], head_chunk=told["head_chunk"], directions=directions, kept_as=kind,
-    )  # fmt: skip
-    torch.manual_seed(1)
-    for name, parameter in policy.model.named_parameters():
-        if "lora_B" in name:                                         # B starts at 0: give the adapters something to say
-            parameter.data.normal_(std=0.05)
-    engine = TorchEngine(policy.model, policy.tokenizer, run.rollout.model_copy(update={"concurrent": told["concurrent"]}), run.seed)
-    prompts = [Prompt(i, tuple(range(10 * i, 10 * i + 4 + i)), "") for i in range(4)]
-    buffer = make_buffer(run, prompts, weights=rewards.weights, reward_names=rewards.names, group_size=algorithm.group_size)
-    limits = policy.limits = engine.limits = Limits()
-    return Bench(Session(run, algorithm, policy, engine, buffer, rewards, plan, limits))
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Quick where things are small; and as every failure collects garbage, what torch itself is made of is set aside."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-        gc.unfreeze()
-
-
-def distance(found: list[Tensor], true: list[Tensor]) -> float:
-    """Largest difference of two lists of tensors, each relative to its own length."""
-    return max(float((a.double() - b.double()).norm() / max(b.double().norm(), 1e-12)) for a, b in zip(found, true, strict=True))
-
-
-def gap(found: Metrics, true: Metrics) -> dict[str, tuple[float, float]]:
-    assert found.keys() == true.keys()
-    return {k: (found[k], true[k]) for k in true if not math.isclose(found[k], true[k], rel_tol=1e-5, abs_tol=2e-6) and not math.isnan(true[k])}
+@pytest.fixture
+def folder(make_model: Callable[..., Path]) -> Path:
+    return make_model("llama", **SMALL)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_step_in_which_memory_runs_out_is_the_undisturbed_step(make_model: Callable[..., Path], name: str) -> None:
+def test_a_step_in_which_memory_runs_out_is_the_undisturbed_step(folder: Path, name: str) -> None:
     """Gradient (the optimiser's first moment), weights and metrics are the same; no more than one micro-batch's reading is done twice."""
     with one_thread():
-        bench = a_bench(make_model, CASES[name])
-        phases: list[tuple[str, int]] = []
-        bench.restore()
-        with fail_at(None) as memory:
-            true, rollouts = bench.run_step(phases, memory)
-        expected, tokens = [t.clone() for t in bench.changing()], bench.tokens
-        assert memory.allocations > 500 and true.pop("memory/oom_retries") == 0
-        stride = 1 if EVERY else memory.allocations // (24 if name == "grpo nf4" else 8)
-        for number in range(1, memory.allocations + 1, stride):
-            bench.restore()
-            with fail_at(number) as scarce:
-                found, again = bench.run_step()
-            where = f"allocation {number} of {memory.allocations} ({[p for p, n in phases if n < number][-1]})"
-            assert scarce.failures == 1 and found.pop("memory/oom_retries") == 1, where
-            assert [r.tokens for r in again] == [r.tokens for r in rollouts], where
-            assert not gap(found, true), (where, gap(found, true))
-            assert distance(bench.changing(), expected) < 2e-5, (where, distance(bench.changing(), expected))
-            assert bench.tokens - tokens <= (2 if "reference" in name else 1) * MICRO_BATCH, where
+        step = Undisturbed(a_bench(folder, CASES[name]))
+        assert step.allocations > 500
+        stride = 1 if EVERY else step.allocations // (24 if name == "grpo nf4" else 8)
+        for forced in step.fail(range(1, step.allocations + 1, stride)):
+            assert forced.refused == forced.retries == 1 and forced.same_rollouts, forced
+            assert not forced.gaps and forced.distance < 2e-5, forced
+            assert forced.again <= (2 if "reference" in name else 1) * MICRO_BATCH, forced
 
 
 # -- passes -----------------------------------------------------------------------------------------------------------------
@@ -245,9 +76,9 @@ def learn_in(bench: Bench, memory: Scarce, naively: bool = False) -> list[Tensor
     return gradients
 
 
-def test_catch_halve_retry_alone_is_wrong_and_this_harness_sees_it(make_model: Callable[..., Path]) -> None:
+def test_catch_halve_retry_alone_is_wrong_and_this_harness_sees_it(folder: Path) -> None:
     with one_thread():
-        bench = a_bench(make_model, {})
+        bench = a_bench(folder, {})
         true = learn_in(bench, memory := fail_at(None))
         naive, ours = [], []
         for number in range(memory.allocations * 2 // 5, memory.allocations, memory.allocations // 30):
@@ -257,10 +88,10 @@ def test_catch_halve_retry_alone_is_wrong_and_this_harness_sees_it(make_model: C
         assert max(ours) < 1e-5 and sum(error > 0.1 for error in naive) > 2, (max(ours), naive)
 
 
-def test_nothing_of_a_failed_pass_stays(make_model: Callable[..., Path]) -> None:
+def test_nothing_of_a_failed_pass_stays(folder: Path) -> None:
     """Inside the `except` block the traceback still holds the activations; behind it nothing does."""
     with one_thread():
-        bench = a_bench(make_model, {}, gradient_checkpointing=False)
+        bench = a_bench(folder, {}, gradient_checkpointing=False)
         policy, batch = bench.session.policy, bench.batch
 
         def work() -> None:
@@ -287,10 +118,10 @@ def test_nothing_of_a_failed_pass_stays(make_model: Callable[..., Path]) -> None
 
 
 @pytest.mark.parametrize("scarce", [budget, fragmented])
-def test_passes_shrink_until_they_fit_and_stay_small(make_model: Callable[..., Path], scarce: Callable[[int], Scarce]) -> None:
+def test_passes_shrink_until_they_fit_and_stay_small(folder: Path, scarce: Callable[[int], Scarce]) -> None:
     """With memory for less than half of a pass, and where only large blocks are refused."""
     with one_thread():
-        bench = a_bench(make_model, {}, micro_batch_tokens=10_000, gradient_checkpointing=False, head_chunk=1000)
+        bench = a_bench(folder, {}, micro_batch_tokens=10_000, gradient_checkpointing=False, head_chunk=1000)
         said: list[str] = []
         bench.session.limits.say = said.append
         true = learn_in(bench, whole := fail_at(None))
@@ -309,14 +140,14 @@ def test_passes_shrink_until_they_fit_and_stay_small(make_model: Callable[..., P
         assert memory.failures == 0 and limits == learned, "what was learned is heeded"
 
 
-def test_a_row_that_never_fits_is_a_sentence_and_nothing_has_changed(make_model: Callable[..., Path]) -> None:
+def test_a_row_that_never_fits_is_a_sentence_and_nothing_has_changed(folder: Path) -> None:
     class Silent:
         def phase(self, name: str) -> None: ...
         def step(self, *args: Any) -> None: ...
         def rest(self, step: int) -> None: ...
 
     with one_thread():
-        bench = a_bench(make_model, {"algorithm": {"name": "ppo"}}, gradient_checkpointing=False)
+        bench = a_bench(folder, {"algorithm": {"name": "ppo"}}, gradient_checkpointing=False)
         bench.restore()
         session = bench.session
         before, place = [t.clone() for t in bench.changing()], session.buffer.state()
