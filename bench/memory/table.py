@@ -15,6 +15,7 @@ from transformers import AutoConfig
 
 from localrl.config import Run, build
 from localrl.memory.cards import Card
+from localrl.memory.fit import OWN_LOOP
 from localrl.memory.knobs import largest
 from localrl.memory.plan import MemoryPlan
 from localrl.planning import plan_on
@@ -26,6 +27,8 @@ PROMPT, GROUP, LENGTH = 512, 8, 8192
 LONGEST, MOST = 131_072, 1024
 STEP = 512
 """Tokens by which lengths are tried."""
+COARSE = sorted({factor * 2**power for power in range(8, 17) for factor in (2, 3)} | {2 * 2**16})[1:]
+"""Those tried for a model that decodes by its own forward pass: each of its lengths is a simulation of its own."""
 NAMES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
 MODELS: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
     "Llama-3.1-8B": ("llama", (4096, 14336, 32, 32, 8, 128, 128_256), {}),
@@ -58,12 +61,12 @@ def knobs(plan: MemoryPlan) -> str:
     return ", ".join(words if choice.gradient_checkpointing else [*words, "every activation kept"])
 
 
-def cell(plan_at: Callable[[int], MemoryPlan], low: int, high: int, unit: int) -> str:
-    """The largest multiple of `unit` that fits, and how."""
-    if not plan_at(low * unit).fits:
+def cell(plan_at: Callable[[int], MemoryPlan], sizes: Sequence[int]) -> str:
+    """The largest of these that fits, and how."""
+    if not plan_at(sizes[0]).fits:
         return "-"
-    found = largest(low, high, lambda count: plan_at(count * unit).fits) * unit
-    return f"**{found:,}**{' or more' if found == high * unit else ''} ({knobs(plan_at(found))})"
+    found = sizes[largest(0, len(sizes) - 1, lambda index: plan_at(sizes[index]).fits)]
+    return f"**{found:,}**{' or more' if found == sizes[-1] else ''} ({knobs(plan_at(found))})"
 
 
 def rows(name: str, quantization: str) -> tuple[str, str]:
@@ -74,8 +77,9 @@ def rows(name: str, quantization: str) -> tuple[str, str]:
     def at(card: str, group: int, length: int) -> MemoryPlan:
         return plan_on(a_run(quantization, group, length), config, Card.of(card, "cuda"), torch.bfloat16)
 
-    lengths = [cell(lambda length, card=card: at(card, GROUP, length), 1, LONGEST // STEP, STEP) for card in CARDS]  # type: ignore[misc]
-    groups = [cell(lambda group, card=card: at(card, group, LENGTH), 1, MOST // 2, 2) for card in CARDS]  # type: ignore[misc]
+    fine = range(STEP, LONGEST + 1, STEP)
+    lengths = [cell(lambda length, card=card: at(card, GROUP, length), fine if family in OWN_LOOP else COARSE) for card in CARDS]  # type: ignore[misc]
+    groups = [cell(lambda group, card=card: at(card, group, LENGTH), range(2, MOST + 1, 2)) for card in CARDS]  # type: ignore[misc]
     start = f"| {name} | {quantization} | "
     return start + " | ".join(lengths) + " |", start + " | ".join(groups) + " |"
 
