@@ -27,7 +27,7 @@ PROMPT, GROUP, LENGTH = 512, 8, 8192
 LONGEST, MOST = 131_072, 1024
 STEP = 512
 """Tokens by which lengths are tried."""
-COARSE = sorted({factor * 2**power for power in range(8, 17) for factor in (2, 3)} | {2 * 2**16})[1:]
+COARSE = sorted({factor * 2**power for power in range(8, 16) for factor in (2, 3)} | {LONGEST})
 """Those tried for a model that decodes by its own forward pass: each of its lengths is a simulation of its own."""
 NAMES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
 MODELS: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
