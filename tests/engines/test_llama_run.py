@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from localrl.memory.llama import gpu_layers, kind_for, llama_bytes
 from localrl.memory.shape import ModelShape
 from localrl.metrics import mismatch
 from localrl.run import resume_run, train_run
+from localrl.settings import UserError
 from localrl.train import Drifted, check_sampler
 from tests.displays import Silent
 
@@ -70,6 +72,26 @@ def test_auto_tries_both_and_a_resumed_run_keeps_the_answer(run: Callable[..., P
     resume_run(folder, Silent(), steps=2)
     assert kept(folder) == Chosen(**other)
     assert "rollout/threads" in numbers(folder)[-1]
+
+
+def test_auto_without_llama_cpp_is_torch_and_says_why(run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)              # as where it is not installed
+    display = Silent()
+    folder = run("without", display, **{"rollout.engine": "auto", "steps": 1})
+    chosen = kept(folder)
+    assert chosen is not None and chosen.engine == "torch" and "pip install" in chosen.why
+    assert any("torch samples" in text and "pip install" in text for text in display.said)
+    assert "rollout/threads" not in numbers(folder)[-1] and numbers(folder)[-1]["sampler/ess"] > 0.999, "the policy itself samples"
+    with pytest.raises(UserError, match="pip install"):
+        run("by name", **{"rollout.engine": "llama_cpp"})
+    assert not Path("by name").exists()
+
+
+def test_masked_tokens_are_not_learned_from(run: Callable[..., Path]) -> None:
+    """A cap within the gap: some of the tokens are left out, as the figures say, and the run is another one than with truncated weights."""
+    settings = {"rollout.engine": "llama_cpp", "steps": 2, "algorithm.name": "grpo", "algorithm.correction_cap": 1.001}
+    masked, truncated = (numbers(run(kind, **settings, **{"algorithm.correction": kind}))[-1] for kind in ("mask", "truncate"))
+    assert masked["sampler/mean_difference"] > 0 and masked["loss"] != truncated["loss"]
 
 
 def test_searchers_sample_with_it(run: Callable[..., Path]) -> None:
