@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import argparse
 import gc
+import os
 import tempfile
 import time
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from itertools import chain
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -23,6 +27,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import torch
 from torch import Tensor
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
@@ -279,28 +284,45 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--every", type=int, default=1, help=f"of so many cases the first; {SEVERAL}: each setting in one size")
+    parser.add_argument("--processes", type=int, default=1, help="beside each other; bytes do not mind")
     asked = parser.parse_args(arguments)
-    warnings.filterwarnings("ignore")
-    gc.collect()
-    gc.freeze()                                                      # what the libraries made: looking at it again takes longer than a phase
     rows, failed = list[Row](), list[str]()
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        for number, case in enumerate(draw(asked.count, asked.seed)[:: asked.every]):
-            try:
-                found = compare(case, Path(folder) / f"model{number}")
-            except NotLinear as error:                               # no plan at all: said, and not among the errors
-                failed.append(f"{case.what}: {error}")
-                print(f"{number:4d} no plan: {error}  {case.what}", flush=True)
-                continue
-            rows += found
-            print(f"{number:4d} {time.perf_counter() - start:6.1f} s  {_short(found)}  {case.what}", flush=True)
+    cases = list(enumerate(draw(asked.count, asked.seed)[:: asked.every]))
+    settings = [cases[i : i + SEVERAL] for i in range(0, len(cases), SEVERAL)]         # what is simulated for one serves the others
+    with ProcessPoolExecutor(asked.processes, get_context("spawn"), _quiet) as pool:
+        for number, what, found in chain.from_iterable(pool.map(_compare_all, settings)):
+            if isinstance(found, str):                               # no plan at all: said, and not among the errors
+                failed.append(f"{what}: {found}")
+            else:
+                rows += found
+            print(f"{number:4d} {time.perf_counter() - start:6.1f} s  {found if isinstance(found, str) else _short(found)}  {what}", flush=True)
     text = report(rows, failed, time.perf_counter() - start, f"python -m bench.memory truth --count {asked.count} --seed {asked.seed} --every {asked.every}")
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "truth.md").write_text(text)
     (RESULTS / "truth.csv").write_text(_table(rows))
     picture(rows, RESULTS / "truth.png")
     print(text)
+
+
+def _quiet() -> None:
+    warnings.filterwarnings("ignore")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()                                                      # what the libraries made: looking at it again takes longer than a phase
+
+
+def _compare_all(cases: list[tuple[int, Case]]) -> list[tuple[int, str, list[Row] | str]]:
+    """(number, words, what was found or why there is no plan) of each."""
+    told: list[tuple[int, str, list[Row] | str]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for number, case in cases:
+            try:
+                told.append((number, case.what, compare(case, Path(folder) / f"model{number}")))
+            except NotLinear as error:
+                told.append((number, case.what, f"no plan: {error}"))
+    return told
 
 
 def _short(rows: list[Row]) -> str:

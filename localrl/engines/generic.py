@@ -110,17 +110,23 @@ def can_select(cache: Any) -> bool:
 
 @contextmanager
 def decoding(model: nn.Module) -> Iterator[None]:
-    """For as long as the model's own forward pass decodes: activation checkpointing off, which in training mode would drop the cache.
+    """For as long as the model's own forward pass decodes: activation checkpointing off, which in training mode would drop the cache, and MLPs in
+    one tile, so that what a wave needs does not depend on how training is done.
 
     Everything is put back at the end, also the tables that some rotary embeddings recompute for long sequences.
     """
+    tiled: list[tuple[Any, int]] = [(m, tile) for m in model.modules() if isinstance(tile := getattr(m, "tile", None), int)]
     checkpointed = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
     tables = [(m, dict(vars(m)), [(n, b, b.clone()) for n, b in m._buffers.items() if b is not None]) for m in model.modules() if m._buffers]
     try:
         for module in checkpointed:
             module.gradient_checkpointing = False  # type: ignore[assignment]
+        for module, _ in tiled:
+            module.tile = 0
         yield
     finally:
+        for module, tile in tiled:
+            module.tile = tile
         for module in checkpointed:
             module.gradient_checkpointing = True  # type: ignore[assignment]
         for module, attributes, buffers in tables:

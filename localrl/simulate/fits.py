@@ -31,6 +31,7 @@ OWN_FORWARD: tuple[Feature, ...] = (
     (), ("rows",), ("prompts",), ("sampled",), ("full",), ("full", "rows"), ("full", "prompts"), ("windowed",), ("windowed", "rows"), ("windowed", "prompts"),
 )  # fmt: skip
 """Through a model's own forward pass, for prompts and responses of given lengths: masks grow with their square, windows forget."""
+LAYERED = {"layers", "full", "windowed"}
 Points = list[tuple[Variables, list[Event]]]
 
 
@@ -106,9 +107,12 @@ def rollout_lines(
     """Peaks of a wave. `lengths`: of prompts and responses, through the model's own forward pass; None: any, by the engine's own decoder."""
     vocab, window = config.get_text_config().vocab_size, getattr(config.get_text_config(), "sliding_window", None)
     kinds = _layer_counts(config) if lengths else ((2, 0), (3, 0))
+    if config.get_text_config().num_hidden_layers == 1:              # as it is: its first layer is its last
+        kinds = (kinds[0][0] and 1, kinds[0][1] and 1),
     features = tuple(f for f in OWN_FORWARD if _told(f, kinds)) if lengths else ROLLOUT
+    features = tuple(f for f in features if len(kinds) > 1 or not LAYERED & set(f))
     rehearsals = {kind: Rehearsal(cut(config, sum(kind), kind[1] if lengths else None), run, dtype, device, checkpointing=True) for kind in kinds}
-    with_layers, draw = sum(bool({"layers", "full", "windowed"} & set(feature)) for feature in features), np.random.default_rng(1)
+    with_layers, draw = sum(bool(LAYERED & set(feature)) for feature in features), np.random.default_rng(1)
     waves = [_a_wave(draw, vocab if number < 2 else None, lengths) for number in range(len(features) - with_layers + 1)]
     points: Points = []
     for kind in kinds:

@@ -68,6 +68,7 @@ class Simulated:
         greedy = self.run.rollout.temperature == 0
         about: dict[str, Any] = {"kv_cache": kv_cache, "unpacked": work.unpacked, "truncated": work.truncated, "own": own, "greedy": greedy}
         about |= {"lengths": lengths} if lengths else {}
+        about |= {"layers": 1} if self.shape.layers == 1 else {}
         return self._lines(work, "rollout", about, simulate)["rollout"]
 
     def _row(self, work: Work) -> int | None:

@@ -76,13 +76,20 @@ def _trains(family: str, quantization: str, device: Kind, algorithm: str, mode: 
 
 @pytest.mark.parametrize("case", SAMPLED.values(), ids=SAMPLED)
 def test_waves_at_other_sizes(case: tuple[str, str, Kind, Any]) -> None:
-    family, quantization, device, kv_cache = case
-    config, run = a_config(family), a_run(quantization)
+    _samples(*case, layers=5)
+
+
+def test_waves_of_a_model_with_one_layer() -> None:
+    _samples("qwen3", "int8", "cpu", "full", layers=1)
+
+
+def _samples(family: str, quantization: str, device: Kind, kv_cache: Any, layers: int) -> None:
+    config, run = cut(a_config(family), layers), a_run(quantization)
     lines = rollout_lines(config, run, its_dtype(device), device, kv_cache)
-    whole = Rehearsal(cut(config, 5), run, its_dtype(device), device, checkpointing=True)
+    whole = Rehearsal(config, run, its_dtype(device), device, checkpointing=True)
     for rows, prompts, prompt, response in ((96, 8, 512, 2000), (12, 3, 1000, 3000), (8, 8, 2000, 500), (9, 3, 200, 900)):
         peak = whole.rollout(WaveOf(rows, prompts, prompt, response), kv_cache).peak - (whole.kept - whole.loaded)
-        assert lines.at(wave_variables(5, VOCABULARY, rows, prompts, prompt, response, None, device)) == pytest.approx(peak, rel=0.01)
+        assert lines.at(wave_variables(layers, VOCABULARY, rows, prompts, prompt, response, None, device)) == pytest.approx(peak, rel=0.01)
 
 
 def test_a_feature_that_is_left_out_is_noticed() -> None:
