@@ -44,8 +44,7 @@ def check_exportable(config: Any, lora: Mapping[str, Any], tokenizer: Any | None
     `config`: transformers' model configuration. `lora`: keys as in PEFT's LoraConfig, missing ones are its defaults. `tokenizer`: live, or
     None to leave it out. `stop_ids`: what ends a reply, beside the tokenizer's eos.
     """
-    family_of(config)
-    check_lora(lora)
+    check_lora(lora, family_of(config))
     if tokenizer is not None:
         read_vocabulary(tokenizer, int(config.vocab_size), stop_ids)
 
