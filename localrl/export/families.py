@@ -105,7 +105,7 @@ def no_rope_keys(config: Any) -> Keys:
     """SmolLM3: every 4th layer has no rope, which is fixed in llama.cpp."""
     found, wanted = list(config.no_rope_layers), [int((i + 1) % 4 != 0) for i in range(config.num_hidden_layers)]
     if found[: len(wanted)] != wanted:
-        raise UserError(f"no_rope_layers = {found} is not llama.cpp's smollm3 graph, where every 4th layer has no rope (1, 1, 1, 0, ...): keep the PEFT adapter")
+        raise UserError(f"no_rope_layers = {found} is not llama.cpp's smollm3 graph, every 4th layer without rope (1, 1, 1, 0, ...): keep the PEFT adapter")
     return {}
 
 

@@ -91,7 +91,8 @@ def scaling_keys(config: Any, rope: Mapping[str, Any]) -> dict[str, Scalar]:
         odd = {k: rope[k] for k, usual in YARN.items() if rope.get(k) not in (None, usual)}
         if odd:
             raise UserError(f"yarn with {odd} has no counterpart in llama.cpp, only {YARN}: keep the PEFT adapter")
-        return {"rope.scaling.type": "yarn", "rope.scaling.factor": float(rope["factor"]), "rope.scaling.original_context_length": original_length(config, rope)}
+        factor, original = float(rope["factor"]), original_length(config, rope)
+        return {"rope.scaling.type": "yarn", "rope.scaling.factor": factor, "rope.scaling.original_context_length": original}
     if kind == "longrope":
         original = original_length(config, rope)
         if original < CELLS:
