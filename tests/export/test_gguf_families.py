@@ -69,7 +69,7 @@ def test_merged_f32_has_the_live_models_logits(name: str, form: str, of: Live, s
     done = export(model, tokenizer, tmp_path, what="merged", dtype="f32", samples=told)
     assert done.report.figures["max_abs"] < limit(name)
     assert done.report.types == {"F32": sum(done.report.types.values())}
-    plain = Llama(str(done.path), n_ctx=256, verbose=False)  # as a person opens it, with what llama.cpp does by default
+    plain = Llama(str(done.path), n_ctx=256, n_threads=1, n_threads_batch=1, verbose=False)  # as a person opens it, with what llama.cpp does by default
     assert len(plain.create_completion("one two", max_tokens=2, temperature=0.0)["choices"]) == 1  # type: ignore[index]
     plain.close()
 
