@@ -131,6 +131,7 @@ def test_samples_are_cut_where_longrope_begins_to_differ(of: Live, tmp_path: Pat
     assert len(told[0].prompt) > 600
     done = export(model, tokenizer, tmp_path, what="merged", dtype="f32", samples=told)
     assert done.report.figures["positions"] == 256 + len(told[1].prompt)
+    assert "PARAMETER num_ctx 256\n" in done.path.with_suffix(".Modelfile").read_text()
 
 
 # -- faults -----------------------------------------------------------------------------------------------------------------
