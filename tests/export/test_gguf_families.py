@@ -40,7 +40,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "smollm3 untied": {"num_hidden_layers": 4, "pad_token_id": 0, "tie_word_embeddings": False, "rope_parameters": {
         "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128}},
     "gemma2": {**GEMMA, "num_hidden_layers": 3, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "vocab_size": 304},
-    "gemma2 27B": {**GEMMA, "num_hidden_layers": 46, "query_pre_attn_scalar": 16, "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1},
+    "gemma2 27B": {**GEMMA, "num_hidden_layers": 46, "query_pre_attn_scalar": 16, "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1,
+                   "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
     "gemma3_text": {**GEMMA, "num_hidden_layers": 7, "rope_parameters": SPLIT},
     "gemma3_text capped": {**GEMMA, "num_hidden_layers": 2, "layer_types": ["full_attention"] * 2, "final_logit_softcapping": 3.0},
     "phi3": {"pad_token_id": 0, "sliding_window": 2047, "vocab_size": 304},
@@ -238,6 +239,9 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("phi3", {"max_position_embeddings": 512, "original_max_position_embeddings": 128, "rope_parameters": {
      "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 48, "long_factor": [1.0] * 48}}, "128 is less than .*smallest context of 256"),
     ("qwen3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5 .*only 1"),
+    ("qwen3", {"layer_types": ["chunked_attention"] * 32}, "layers of type 'chunked_attention'"),
+    ("qwen2", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+     "original_max_position_embeddings": 128}}, "rope_type = 'llama3' is not in llama.cpp's qwen2 graph"),
     ("gemma3", {}, "type 'gemma3'.*gemma3_text"),
 ]  # fmt: skip
 
