@@ -105,7 +105,7 @@ def no_rope_keys(config: Any) -> Keys:
     """SmolLM3: every 4th layer has no rope, which is fixed in llama.cpp."""
     found, wanted = list(config.no_rope_layers), [int((i + 1) % 4 != 0) for i in range(config.num_hidden_layers)]
     if found[: len(wanted)] != wanted:
-        raise UserError(f"no_rope_layers = {found} is not llama.cpp's smollm3 graph, every 4th layer without rope (1, 1, 1, 0, ...): keep the PEFT adapter")
+        raise UserError(f"no_rope_layers = {found} is not in llama.cpp's smollm3 graph, only every 4th layer without (1, 1, 1, 0, ...): keep the PEFT adapter")
     return {}
 
 
@@ -115,13 +115,13 @@ def gemma2_keys(config: Any) -> Keys:
     if missing := [name for name, cap in caps.items() if not cap]:
         raise UserError(f"{missing[0]} = {caps[missing[0]]} is not in llama.cpp's gemma2 graph, which always caps: keep the PEFT adapter")
     check_windows(config, "gemma2", every=2)
-    check_scale(config, "gemma2", mean_of_heads=46)
+    check_scale(config, "gemma2", largest=46)
     return {"attention.sliding_window": int(config.sliding_window), **{name: float(cap) for name, cap in caps.items()}}
 
 
 def gemma3_keys(config: Any) -> Keys:
     """Every sixth layer sees all (or each of them); only logits may be capped."""
-    check_scale(config, "gemma3", mean_of_heads=62)
+    check_scale(config, "gemma3", largest=62)
     keys: Keys = {}
     if SLIDING in config.layer_types:  # without the key no layer has a window
         check_windows(config, "gemma3", every=6)
@@ -135,18 +135,17 @@ def check_windows(config: Any, arch: str, *, every: int) -> None:
     """UserError unless every n-th layer sees all and the others have a window, as it is fixed in llama.cpp."""
     full = [i for i, kind in enumerate(config.layer_types) if kind == FULL]
     if full != list(range(every - 1, config.num_hidden_layers, every)):
-        raise UserError(f"layer_types with full attention in {full} are not llama.cpp's {arch} graph, only in the last of every {every}: keep the PEFT adapter")
+        raise UserError(f"layer_types with full attention in {full} are not in llama.cpp's {arch} graph, only the last of every {every}: keep the PEFT adapter")
     if not config.sliding_window:
         raise UserError(f"sliding_window = {config.sliding_window} with sliding layers is not in llama.cpp's {arch} graph: keep the PEFT adapter")
 
 
-def check_scale(config: Any, arch: str, *, mean_of_heads: int) -> None:
-    """UserError unless scores are divided as llama.cpp does: by the root of head_dim, in the 27B (known by its layers) by that of hidden_size / heads."""
-    largest = config.num_hidden_layers == mean_of_heads
-    wanted = config.hidden_size // config.num_attention_heads if largest else head_width(config)
+def check_scale(config: Any, arch: str, *, largest: int) -> None:
+    """UserError unless scores are divided as llama.cpp does: by the root of head_dim, in the 27B (which has `largest` layers) of hidden_size / heads."""
+    wanted = config.hidden_size // config.num_attention_heads if config.num_hidden_layers == largest else head_width(config)
     if config.query_pre_attn_scalar != wanted:
         raise UserError(
-            f"query_pre_attn_scalar = {config.query_pre_attn_scalar} is not llama.cpp's {arch} graph, only {wanted} with {config.num_hidden_layers} layers: "
+            f"query_pre_attn_scalar = {config.query_pre_attn_scalar} is not in llama.cpp's {arch} graph, only {wanted} with {config.num_hidden_layers} layers: "
             "keep the PEFT adapter"
         )
 
