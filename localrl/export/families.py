@@ -135,7 +135,7 @@ def check_windows(config: Any, arch: str, *, every: int) -> None:
     """UserError unless every n-th layer sees all and the others have a window, as it is fixed in llama.cpp."""
     full = [i for i, kind in enumerate(config.layer_types) if kind == FULL]
     if full != list(range(every - 1, config.num_hidden_layers, every)):
-        raise UserError(f"layer_types with full attention in {full} are not in llama.cpp's {arch} graph, only the last of every {every}: keep the PEFT adapter")
+        raise UserError(f"layer_types has full attention in {full}, llama.cpp's {arch} graph only in the last of every {every}: keep the PEFT adapter")
     if not config.sliding_window:
         raise UserError(f"sliding_window = {config.sliding_window} with sliding layers is not in llama.cpp's {arch} graph: keep the PEFT adapter")
 
