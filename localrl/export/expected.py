@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
@@ -58,12 +59,17 @@ def expected_texts(tokenizer: Any, vocabulary: Vocabulary, data: Sequence[Sequen
     """Probes, the run's own data (ids) as text, and every added token within words, with their ids. -> (texts, what was left out, if anything)."""
     names = list(tokenizer.get_added_vocab())
     each = 1 + len(names) // 256  # some models have thousands of them
-    added = ["".join(f"one{name}two {name} three" for name in names[i : i + each]) for i in range(0, len(names), each)]
+    apart = [text if like(text := f"one{name}two {name} three", vocabulary) else f"one{name}two{name}three" for name in names]
+    apart = [text for text in apart if like(text, vocabulary)]
+    added = ["".join(apart[i : i + each]) for i in range(0, len(apart), each)]
     texts = list(dict.fromkeys([*PROBES, *(tokenizer.decode(list(p), clean_up_tokenization_spaces=False) for p in data if p), *added]))
     note = ""
+    for pattern, what in vocabulary.unlike:
+        kept = [text for text in texts if not re.search(pattern, text)]
+        note, texts = f"{note} without {len(texts) - len(kept)} texts with {what}".strip(), kept
     if vocabulary.normalises:
         kept = [text for text in texts if unicodedata.is_normalized("NFC", text)]
-        note = f"without {len(texts) - len(kept)} texts that NFC changes, llama.cpp has no NFC"
+        note = f"{note} without {len(texts) - len(kept)} texts that NFC changes, llama.cpp has no NFC".strip()
         texts = kept
     if vocabulary.space_at_start:
         mark = tokenizer.bos_token or tokenizer.eos_token
@@ -73,8 +79,13 @@ def expected_texts(tokenizer: Any, vocabulary: Vocabulary, data: Sequence[Sequen
     return [(t, b, None if vocabulary.space_at_start else d) for t, b, d in zip(texts, bare, dressed, strict=True)], note
 
 
-def expected_dialogues(tokenizer: Any) -> list[dict[str, Any]]:
-    """Dialogues as the live tokenizer renders and tokenises them; those that its template refuses are left out."""
+def like(text: str, vocabulary: Vocabulary) -> bool:
+    """Whether llama.cpp can tokenise this text as the tokenizer does."""
+    return not any(re.search(pattern, text) for pattern, _ in vocabulary.unlike)
+
+
+def expected_dialogues(tokenizer: Any, vocabulary: Vocabulary) -> list[dict[str, Any]]:
+    """Dialogues as the live tokenizer renders and tokenises them, without what its template refuses, and (if not all) what is unlike in llama.cpp."""
     found: list[dict[str, Any]] = []
     if template_of(tokenizer) is None:
         return found
@@ -86,7 +97,7 @@ def expected_dialogues(tokenizer: Any) -> list[dict[str, Any]]:
                 continue
             ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
             found.append({"messages": messages, "add_generation_prompt": prompt, "text": text, "ids": ids})
-    return found
+    return [dialogue for dialogue in found if like(dialogue["text"], vocabulary)] or found
 
 
 def expect(
@@ -97,7 +108,7 @@ def expect(
     if not told:
         raise UserError("an export is compared with the model on prompts, and none was given: pass some of the run's samples")
     texts, note = expected_texts(tokenizer, vocabulary, [ids for sample in told[:TEXT_CASES] for ids in (sample.prompt, sample.response)])
-    pieces = [(ids, tokenizer.decode(ids, clean_up_tokenization_spaces=False)) for _, ids, _ in texts] if byte_level(vocabulary) else []
+    pieces = [(ids, tokenizer.decode(ids, clean_up_tokenization_spaces=False)) for _, ids, _ in texts] if vocabulary.joins else []
     own: float | None = None
     with reference(model, adapter, original):
         asked = ask(model, told, rows)
@@ -105,7 +116,7 @@ def expect(
         live = ask(model, told, rows)
         own = max(float(divergence(a.logits, b.logits).mean()) for a, b in zip(asked, live, strict=True))
     prompts = [sample.prompt[: max(1, room(model) - GREEDY)] for sample in told[:GREEDY_CASES]]
-    dialogues, harmless = expected_dialogues(tokenizer), harmless_ends(vocabulary, told)
+    dialogues, harmless = expected_dialogues(tokenizer, vocabulary), harmless_ends(vocabulary, told)
     specials: dict[str, Any] = {name: value for name in SPECIALS if (value := vocabulary.keys.get(f"tokenizer.ggml.{name}")) is not None}
     return Expected(texts, pieces, note, dialogues, template_of(tokenizer) or "", specials, vocabulary.stop_ids, harmless, asked, prompts, own)
 
@@ -118,7 +129,3 @@ def harmless_ends(vocabulary: Vocabulary, samples: Sequence[Sample]) -> frozense
     often = Counter(i for sample in samples for i in set(sample.response))
     return frozenset(i for i in special if often[i] * 10 < len(samples))
 
-
-def byte_level(vocabulary: Vocabulary) -> bool:
-    """Whether pieces joined are the text; SentencePiece drops a leading space, once per text."""
-    return vocabulary.keys["tokenizer.ggml.model"] == "gpt2"

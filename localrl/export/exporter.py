@@ -27,7 +27,7 @@ from localrl.export.reference import Parting, Sample, partings, reference
 from localrl.export.report import CheckReport, Row
 from localrl.export.settle import CHECKS, ROOM, Export, scratch, settle
 from localrl.export.tensors import Weights, against_model, against_parent, fallbacks, keys_of, keys_row
-from localrl.export.tokenizer import Vocabulary, read_vocabulary
+from localrl.export.tokenizer import Vocabulary, named, read_vocabulary
 from localrl.export.weights import Source, adapter_sources, causal_lm, check_lora, check_model, shape_of
 from localrl.export.writer import F16_MAX, FILE_TYPES, DType, Progress, write
 from localrl.settings import INSTALL_LLAMA_CPP, UserError
@@ -44,8 +44,7 @@ def check_exportable(config: Any, lora: Mapping[str, Any], tokenizer: Any | None
     `config`: transformers' model configuration. `lora`: keys as in PEFT's LoraConfig, missing ones are its defaults. `tokenizer`: live, or
     None to leave it out. `stop_ids`: what ends a reply, beside the tokenizer's eos.
     """
-    family_of(config)
-    check_lora(lora)
+    check_lora(lora, family_of(config))
     if tokenizer is not None:
         read_vocabulary(tokenizer, int(config.vocab_size), stop_ids)
 
@@ -215,6 +214,7 @@ class Job:
         dtype: DType = "f32" if sum(size(s) for s in sources) <= LARGE or "f32" in dtypes else "f16"
         vocabulary = self.vocabulary()
         keys = self.keys("model", dtype, sources) | hyperparameters(self.config, self.rows) | dict(vocabulary.keys)
+        keys["general.name"] = named(self.name, vocabulary)
         if adapter is not None:
             keys["localrl.merge"] = merge
         file = stack.enter_context(scratch(self.path(what, dtype)))

@@ -10,6 +10,7 @@ Left out: WordPiece and Unigram vocabularies, which no supported family uses.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -63,6 +64,12 @@ class Vocabulary:
     space_at_start: bool
     """A text gets a leading space, but what follows a special token does not. llama.cpp can do both or neither; the file says neither,
     which is right for every text that begins with a special token, as chat prompts do."""
+    joins: bool
+    """The pieces of a text, joined, are the text. (A SentencePiece-like one may drop a leading space, once per text.)"""
+    unlike: tuple[tuple[str, str], ...]
+    """Regular expressions of texts that llama.cpp tokenises in another way, and what is in them."""
+    phi3: bool
+    """Special tokens take the spaces behind them as Phi-3's do, which llama.cpp does for files of that name alone: see `named`."""
 
 
 def read_vocabulary(tokenizer: Any, rows: int, stop_ids: Sequence[int]) -> Vocabulary:
@@ -89,7 +96,38 @@ def read_vocabulary(tokenizer: Any, rows: int, stop_ids: Sequence[int]) -> Vocab
         keys["tokenizer.chat_template"] = template
     normalises = "NFC" in str(spec.get("normalizer"))
     first = any(s.get("prepend_scheme") == "first" for s in flatten(spec.get("pre_tokenizer"), "pretokenizers"))
-    return Vocabulary(keys, ends, normalises, first)
+    changing = [step for step in flatten(spec.get("decoder"), "decoders") if step["type"] not in ("Replace", "ByteFallback", "Fuse")]
+    joins = keys["tokenizer.ggml.model"] == "gpt2" or not (changing or first or keys["tokenizer.ggml.add_space_prefix"])
+    return Vocabulary(keys, ends, normalises, first, joins, unlike(spec), like_phi3(spec))
+
+
+NAMED_PHI3, NOT_PHI3 = re.compile("phi-?3", re.IGNORECASE), frozenset({"<unk>", "<s>", "<|endoftext|>"})
+"""In files of such a name llama.cpp lets all added tokens but these take the spaces behind them, and needs these and `</s>`: llama-vocab.cpp, load."""
+
+
+def like_phi3(spec: Mapping[str, Any]) -> bool:
+    """Whether added tokens take the spaces beside them exactly as llama.cpp has it for Phi-3."""
+    added = list(spec.get("added_tokens") or ())
+    names, behind = {token["content"] for token in added}, {token["content"] for token in added if token["rstrip"]}
+    return names >= {*NOT_PHI3, "</s>"} and behind == names - NOT_PHI3 and not any(token["lstrip"] for token in added)
+
+
+def unlike(spec: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    """What llama.cpp knows of no tokenizer (but Phi-3's): tokens that take spaces. And Gemma's runs of spaces, if a text spells them out."""
+    added, found = list(spec.get("added_tokens") or ()), []
+    if taking := [] if like_phi3(spec) else [token["content"] for token in added if token["lstrip"] or token["rstrip"]]:
+        marks = "|".join(map(re.escape, taking))
+        found.append((rf"\s({marks})|({marks})\s", f"spaces beside {taking[0]} and its like, which take them (llama.cpp leaves them)"))
+    if any(set(token["content"]) == {"▁"} for token in added):
+        found.append(("▁", "a ▁ of their own, which is a space in llama.cpp"))
+    return tuple(found)
+
+
+def named(name: str, vocabulary: Vocabulary) -> str:
+    """What the file is called within (`general.name`): llama.cpp treats special tokens in another way if that looks like Phi-3."""
+    if vocabulary.phi3:
+        return name if NAMED_PHI3.search(name) else f"{name} (Phi-3)"
+    return NAMED_PHI3.sub("Phi 3", name)
 
 
 def token_table(spec: Mapping[str, Any], rows: int, *, bytes_by_name: bool) -> tuple[list[str], list[int]]:
@@ -98,6 +136,8 @@ def token_table(spec: Mapping[str, Any], rows: int, *, bytes_by_name: bool) -> t
     if bytes_by_name:
         by_id |= {i: (text, TokenType.BYTE) for i, (text, _) in by_id.items() if text in BYTES}
     for added in spec.get("added_tokens") or ():
+        if bytes_by_name and not added["special"] and set(added["content"]) == {"▁"} and added["id"] in by_id:
+            continue  # Gemma's runs of spaces: merges come to them, and only a normal token is written out as spaces
         by_id[added["id"]] = (added["content"], TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED)
     unknown = spec["model"].get("unk_token")
     by_id |= {i: (text, TokenType.UNKNOWN) for i, (text, _) in by_id.items() if text == unknown and bytes_by_name}
@@ -132,19 +172,21 @@ def byte_level_keys(spec: Mapping[str, Any], tokens: Sequence[str]) -> dict[str,
 
 
 def sentencepiece_keys(spec: Mapping[str, Any], tokens: Sequence[str]) -> dict[str, Value]:
-    """Keys of a SentencePiece-like BPE (Llama 2, Mistral): spaces are U+2581, unknown characters fall back to bytes.
+    """Keys of a SentencePiece-like BPE (Llama 2, Mistral, Gemma, Phi-3): spaces are U+2581, unknown characters fall back to bytes.
 
     llama.cpp merges by score, highest first: minus the merge's rank gives the same order.
     """
     if missing := sorted(set(BYTES) - set(tokens)):
         raise UserError(f"the tokenizer falls back to bytes but lacks {len(missing)} of 256 ({missing[0]}, ...): keep the PEFT adapter instead")
-    prefix, odd = False, []
+    prefix, escaped, odd = False, False, []
     for step in [*flatten(spec.get("normalizer"), "normalizers"), *flatten(spec.get("pre_tokenizer"), "pretokenizers")]:
         if step["type"] == "Prepend" and step["prepend"] == "▁":
             prefix = True
         elif step["type"] == "Metaspace" and step["replacement"] == "▁" and step.get("prepend_scheme", "always") != "always":
             continue  # "never", or "first": see space_at_start
-        elif not (step["type"] == "Replace" and step["pattern"] == {"String": " "} and step["content"] == "▁"):
+        elif step["type"] == "Replace" and step["pattern"] == {"String": " "} and step["content"] == "▁":
+            escaped = True
+        elif not (escaped and step["type"] == "Split" and step["pattern"] == {"String": " "}):  # Gemma's: no space is left to split at
             odd.append(step["type"])
     if odd:
         raise UserError(f"the tokenizer's step {odd[0]} is not in llama.cpp's SentencePiece code: keep the PEFT adapter instead")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from gguf import GGUFReader
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, GemmaTokenizer, PreTrainedTokenizerFast
 
 from localrl.export import Sample, check_exportable, export
 from localrl.settings import UserError
@@ -85,6 +85,51 @@ def sentencepiece(*, metaspace: str = "") -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>", chat_template=template)
 
 
+def gemma() -> GemmaTokenizer:
+    """As transformers builds Gemma's: runs of spaces and of lines are tokens, which SentencePiece merges first, and which are added once more."""
+    trained = Tokenizer(models.BPE())
+    trained.normalizer = normalizers.Replace(" ", "▁")
+    trained.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=300, show_progress=False))
+    spec = json.loads(trained.to_str())["model"]
+    runs = [sign * count for sign in ("\n", "▁") for count in range(2, 32)]
+    names = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<start_of_turn>", "<end_of_turn>", *runs, "<table>", *(f"<0x{i:02X}>" for i in range(256))]
+    learned = [name for name in [*sorted(spec["vocab"], key=spec["vocab"].get), "\n"] if name not in names]
+    vocab = {name: i for i, name in enumerate([*names, *dict.fromkeys(learned)])}
+    merges = [(run[:i], run[i:]) for run in runs for i in range(1, len(run))]
+    tokenizer = GemmaTokenizer(vocab=vocab, merges=merges + [m for merge in spec["merges"] if (m := tuple(merge)) not in merges])
+    tokenizer.add_tokens([AddedToken(name, special=False, normalized=False) for name in [*runs, "<table>"]])
+    tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in ("<start_of_turn>", "<end_of_turn>")])
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ m['role'] }}\n{{ m['content'] | trim }}<end_of_turn>\n{% endfor %}"
+        "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+    )
+    return tokenizer
+
+
+def phi3() -> PreTrainedTokenizerFast:
+    """Special tokens take the spaces and lines behind them."""
+    tokenizer = sentencepiece()
+    taking = ["</s>", "<|assistant|>", "<|user|>", "<|system|>", "<|end|>"]
+    tokenizer.add_tokens([AddedToken(name, special=True, normalized=False, rstrip=True) for name in taking], special_tokens=True)
+    tokenizer.add_tokens([AddedToken("<|endoftext|>", special=True, normalized=False)], special_tokens=True)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    )
+    return tokenizer
+
+
+def phi4() -> PreTrainedTokenizerFast:
+    """Special tokens take the spaces on both sides, which llama.cpp does for none of them."""
+    tokenizer = byte_level(split(LLAMA3))
+    marks = [AddedToken(name, special=True, normalized=False, lstrip=True, rstrip=True) for name in ("<|im_start|>", "<|im_sep|>", "<|im_end|>")]
+    tokenizer.add_tokens(marks, special_tokens=True)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}<|im_sep|>{{ m['content'] }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant<|im_sep|>{% endif %}"
+    )
+    return tokenizer
+
+
 GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
 KINDS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
     "gpt-2": lambda: byte_level(GPT2),
@@ -131,6 +176,50 @@ def test_sentencepiece_with_a_space_at_the_start_only_is_compared_behind_special
     done = export(tiny(tokenizer, [2]), tokenizer, tmp_path, what="base", dtype="f32", samples=told)
     assert GGUFReader(done.path).fields["tokenizer.ggml.add_space_prefix"].contents() is False
     assert "behind <s>" in next(row.detail for row in done.report.checks if row.name == "tokens")
+
+
+SPACES = "if x:\n    return  y\n\n\n" + " " * 13 + "z   <table>  a▁▁b"
+
+
+def test_gemmas_runs_of_spaces_are_merged_and_written_out_as_spaces(tmp_path: Path) -> None:
+    tokenizer = gemma()
+    told = [Sample(tuple(tokenizer(SPACES)["input_ids"]))]
+    assert {"▁" * 4, "▁" * 13, "\n\n\n", "<table>"} <= set(tokenizer.convert_ids_to_tokens(told[0].prompt))
+    done = export(tiny(tokenizer, [1, 6]), tokenizer, tmp_path, what="base", dtype="f32", samples=told)
+    rows = {row.name: row.value.split() for row in done.report.checks}
+    for name in ("tokens", "text of tokens"):
+        assert rows[name][0] == rows[name][2] and int(rows[name][2]) > 90
+    assert rows["chat template"][0] == rows["chat template"][2] != "0"
+
+
+@pytest.mark.parametrize("name", ["sums", "my Phi-3 run"])
+def test_phi3s_special_tokens_take_the_spaces_behind_them(name: str, tmp_path: Path) -> None:
+    tokenizer = phi3()
+    told = [Sample(tuple(tokenizer("<|user|>\n Hello you<|end|>\n<|assistant|>\n")["input_ids"]))]
+    done = export(tiny(tokenizer, [2]), tokenizer, tmp_path, what="base", dtype="f32", samples=told, name=name)
+    assert GGUFReader(done.path).fields["general.name"].contents() == {"sums": "sums (Phi-3)"}.get(name, name)
+    rows = {row.name: row for row in done.report.checks}
+    assert rows["chat template"].value == "6 of 6 equal" and not rows["tokens"].detail
+
+
+def test_others_must_not_be_called_phi_3(tmp_path: Path) -> None:
+    """llama.cpp would take spaces from them, and does not load a vocabulary without </s>."""
+    tokenizer = byte_level(GPT2)
+    told = [Sample(tuple(tokenizer("Hello")["input_ids"]))]
+    done = export(tiny(tokenizer, [tokenizer.eos_token_id]), tokenizer, tmp_path, what="base", dtype="f32", samples=told, name="not-phi3")
+    assert done.path.name == "not-phi3-base-f32.gguf"
+    assert GGUFReader(done.path).fields["general.name"].contents() == "not-Phi 3"
+
+
+def test_texts_with_spaces_that_a_token_takes_are_left_out_and_told(tmp_path: Path) -> None:
+    tokenizer = phi4()
+    told = [Sample(tuple(tokenizer("<|im_start|>user<|im_sep|>Hello<|im_end|>")["input_ids"]))]
+    done = export(tiny(tokenizer, [tokenizer.eos_token_id]), tokenizer, tmp_path, what="base", dtype="f32", samples=told)
+    rows = {row.name: row for row in done.report.checks}
+    assert "spaces beside <|im_start|> and its like" in rows["tokens"].detail and rows["chat template"].value == "4 of 4 equal"
+    tokenizer.chat_template = str(tokenizer.chat_template).replace("<|im_sep|>", "<|im_sep|>\n")
+    with pytest.raises(UserError, match="chat template: 0 of 6 equal"):  # in each of them
+        export(tiny(tokenizer, [tokenizer.eos_token_id]), tokenizer, tmp_path, what="base", dtype="f32", samples=told)
 
 
 def config_for(tokenizer: Any) -> Any:
