@@ -8,6 +8,7 @@ model, and returns once llama.cpp, in a child process, has tokenised, rendered, 
     weights.py    the live model as fp32 rows          reference.py   what the trained model says
     original.py   the same from before quantising      expected.py    everything that a file will be asked, with the answers
     tokenizer.py  the live tokenizer as GGUF keys      check.py       what has to agree, how closely; check_worker.py: llama.cpp's side
+                  (sentencepiece.py, added.py, steps.py)   limits.py  texts that llama.cpp tokenises differently
     metadata.py   what a file says of itself           tensors.py     the weights within the file, read back
     writer.py     the file                             heldout.py     the run's own rewards; answer_worker.py: llama.cpp's side
     quantize.py   smaller types made from it           report.py      what was found

@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
+from localrl.export.added import model_name
 from localrl.export.check import Agree, check, looseness, sha256
 from localrl.export.expected import Expected, expect
 from localrl.export.families import Value, family_of, head_width, hyperparameters
@@ -215,6 +216,7 @@ class Job:
         dtype: DType = "f32" if sum(size(s) for s in sources) <= LARGE or "f32" in dtypes else "f16"
         vocabulary = self.vocabulary()
         keys = self.keys("model", dtype, sources) | hyperparameters(self.config, self.rows) | dict(vocabulary.keys)
+        keys["general.name"] = model_name(str(keys["general.name"]), vocabulary.takes_spaces)
         if adapter is not None:
             keys["localrl.merge"] = merge
         file = stack.enter_context(scratch(self.path(what, dtype)))
