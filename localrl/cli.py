@@ -169,7 +169,7 @@ def evaluate(
 def export(
     path: RunPath,
     what: Annotated[str, typer.Option("--what", help="merged (one file), adapter (a small file, with its base), or base.")] = "merged",
-    types: Annotated[str, typer.Option("--type", help="f32, f16, q8_0, q6_k, q5_k_m, q4_k_m, ...; several with commas: q8_0,q4_k_m.")] = "f16",
+    types: Annotated[str, typer.Option("--type", help="f32, f16, bf16, q8_0, q6_k, q5_k_m, q4_k_m, ...; several with commas: q8_0,q4_k_m.")] = "f16",
     merge: Annotated[
         str, typer.Option("--merge", help="Into the de-quantised weights that were trained on, or the original ones. auto: whichever keeps more of the reward.")
     ] = "auto",

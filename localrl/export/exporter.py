@@ -23,6 +23,7 @@ from localrl.export.families import Value, family_of, head_width, hyperparameter
 from localrl.export.heldout import Graded, HeldOut, compare_totals, grade
 from localrl.export.metadata import general_keys, generation_ends, own_keys
 from localrl.export.original import Original, any_quantised, merged_sources
+from localrl.export.parents import ordered, parent_type, size
 from localrl.export.quantize import quantize
 from localrl.export.reference import Parting, Sample, partings, reference
 from localrl.export.report import CheckReport, Row
@@ -35,8 +36,6 @@ from localrl.settings import INSTALL_LLAMA_CPP, UserError
 
 What = Literal["merged", "adapter", "base"]
 Merge = Literal["auto", "dequantized", "original"]
-LARGE = 2**31
-"""Parameters above which the parent is F16: in F32 it would take more than 8 GiB of the disk."""
 
 
 def check_exportable(config: Any, lora: Mapping[str, Any], tokenizer: Any | None = None, stop_ids: Sequence[int] = ()) -> None:
@@ -213,7 +212,7 @@ class Job:
     def first(self, stack: ExitStack, what: str, adapter: str | None, dtypes: Sequence[DType], original: Original | None, merge: str) -> Made:
         """A parent, written and compared strictly. One that fails is put aside, and that is the end of it."""
         sources = merged_sources(self.model, adapter, original)
-        dtype: DType = "f32" if sum(size(s) for s in sources) <= LARGE or "f32" in dtypes else "f16"
+        dtype = parent_type(sum(size(s) for s in sources), dtypes)
         vocabulary = self.vocabulary()
         keys = self.keys("model", dtype, sources) | hyperparameters(self.config, self.rows) | dict(vocabulary.keys)
         keys["general.name"] = model_name(str(keys["general.name"]), vocabulary.takes_spaces)
@@ -348,22 +347,9 @@ def better(ours: Made, theirs: Made) -> Made:
     return replace(chosen, notes=(*chosen.notes, f"Held-out reward of the two merges, de-quantised {means} original, difference {gain}: {why}."))
 
 
-def ordered(dtypes: Sequence[DType], parent: DType) -> list[DType]:
-    """The parent's own type last: it gets its name then, and is no longer a parent."""
-    return sorted(dtypes, key=lambda dtype: dtype == parent)
-
-
 def loads(rows: Sequence[Row]) -> bool:
     """Whether llama.cpp could read the file at all."""
     return any(row.name == "loads" and row.passed for row in rows)
-
-
-def size(source: Source) -> int:
-    """Entries of a tensor."""
-    count = 1
-    for n in source.shape:
-        count *= n
-    return count
 
 
 def cache_bytes(config: Any) -> int:
