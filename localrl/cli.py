@@ -174,6 +174,9 @@ def export(
         str, typer.Option("--merge", help="Into the de-quantised weights that were trained on, or the original ones. auto: whichever keeps more of the reward.")
     ] = "auto",
     out: Annotated[Path | None, typer.Option("--out", help="Folder; by default export/ in the run folder.")] = None,
+    shard_size: Annotated[
+        str | None, typer.Option("--shard-size", help="A larger model comes in parts: 2GiB, 500MiB; by default export.shard_size.", show_default=False)
+    ] = None,
 ) -> None:
     """Write GGUF for llama.cpp, load it back there, and compare it with the trained model, rewards included, before saying done.
 
@@ -187,7 +190,7 @@ def export(
     from localrl.outcome import export_files
 
     with Work(console) as display:
-        files = export_files(path, display, what=what, dtypes=[t.strip() for t in types.split(",")], merge=merge, out=out)
+        files = export_files(path, display, what=what, dtypes=[t.strip() for t in types.split(",")], merge=merge, out=out, shard_size=shard_size)
     console.print(export_table(files))
     for note in files[0].report.notes:
         _say(note)

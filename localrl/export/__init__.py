@@ -12,7 +12,7 @@ model, and returns once llama.cpp, in a child process, has tokenised, rendered, 
     metadata.py   what a file says of itself           tensors.py     the weights within the file, read back
     writer.py     the file                             heldout.py     the run's own rewards; answer_worker.py: llama.cpp's side
     quantize.py   smaller types made from it           report.py      what was found
-    exporter.py   the whole way                        settle.py      a file gets its name, or `.failed`
+    exporter.py   the whole way (parents.py)           settle.py      a file gets its name, or `.failed`; in parts: shards.py
                                                        beside.py      README and Modelfile (ollama.py)
 """
 
@@ -22,9 +22,10 @@ from localrl.export.original import Original
 from localrl.export.reference import Sample
 from localrl.export.report import CheckReport, Interval, RewardChange, Row
 from localrl.export.settle import Export
+from localrl.export.shards import size_of
 from localrl.export.writer import DType
 
 __all__ = [
     "CheckReport", "DType", "Export", "HeldOut", "Interval", "Merge", "Original", "RewardChange", "Row", "Sample", "What", "check_exportable", "export",
-    "export_all", "require_llama_cpp",
+    "export_all", "require_llama_cpp", "size_of",
 ]  # fmt: skip

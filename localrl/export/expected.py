@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jinja2
@@ -127,3 +127,8 @@ def harmless_ends(vocabulary: Vocabulary, samples: Sequence[Sample]) -> frozense
     special = {i for i, kind in enumerate(types) if kind in (TokenType.CONTROL, TokenType.UNUSED)}
     often = Counter(i for sample in samples for i in set(sample.response))
     return frozenset(i for i in special if often[i] * 10 < len(samples))
+
+
+def few(expected: Expected) -> Expected:
+    """A tenth of it, for a file whose contents were compared already."""
+    return replace(expected, texts=expected.texts[::10], pieces=expected.pieces[::10], dialogues=expected.dialogues[:2], asked=expected.asked[:2], prompts=[])

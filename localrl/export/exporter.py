@@ -18,7 +18,7 @@ from torch import nn
 
 from localrl.export.added import model_name
 from localrl.export.check import Agree, check, looseness, sha256
-from localrl.export.expected import Expected, expect
+from localrl.export.expected import Expected, expect, few
 from localrl.export.families import Value, family_of, head_width, hyperparameters
 from localrl.export.heldout import Graded, HeldOut, compare_totals, grade
 from localrl.export.metadata import general_keys, generation_ends, own_keys
@@ -28,6 +28,7 @@ from localrl.export.quantize import quantize
 from localrl.export.reference import Parting, Sample, partings, reference
 from localrl.export.report import CheckReport, Row
 from localrl.export.settle import CHECKS, ROOM, Export, scratch, settle
+from localrl.export.shards import parts_row, scratch_folder, size_of, split
 from localrl.export.tensors import Weights, against_model, against_parent, fallbacks, keys_of, keys_row
 from localrl.export.tokenizer import Vocabulary, read_vocabulary
 from localrl.export.weights import Source, adapter_sources, causal_lm, check_lora, check_model, shape_of
@@ -36,6 +37,8 @@ from localrl.settings import INSTALL_LLAMA_CPP, UserError
 
 What = Literal["merged", "adapter", "base"]
 Merge = Literal["auto", "dequantized", "original"]
+SHARD_SIZE = "48GB"
+"""Above which a file comes in parts: the hub takes none of 50."""
 
 
 def check_exportable(config: Any, lora: Mapping[str, Any], tokenizer: Any | None = None, stop_ids: Sequence[int] = ()) -> None:
@@ -95,6 +98,7 @@ def export_all(
     held_out: HeldOut | None = None,
     merge: Merge = "dequantized",
     original: Original | None = None,
+    shard_size: str = SHARD_SIZE,
 ) -> list[Export]:
     """Write GGUFs of the live model and return once llama.cpp has been seen to agree with it; the model is only read.
 
@@ -104,7 +108,8 @@ def export_all(
     `metadata`: written as `localrl.<key>`, or as it stands if it begins with `general.`. `stop_ids`: what ends a reply; None: the generation
     config's and the tokenizer's. `progress`: called with bytes done, bytes in all and a tensor's name, before every check with "self-check".
     `held_out`: the live model's answers whose rewards a file has to keep. `merge`: into the weights that were trained on (de-quantised), or into
-    the `original` ones; auto: whichever keeps more of the reward, de-quantised where that cannot be told.
+    the `original` ones; auto: whichever keeps more of the reward, de-quantised where that cannot be told. `shard_size`: a model file that is larger
+    comes in parts, see `shards.py`.
 
     UserError if the model cannot be expressed, or a file does not say what the model says: it is then kept as `<file>.failed`. Files that were
     complete before that stay.
@@ -112,9 +117,10 @@ def export_all(
     for label, values, known in (("what", [what], get_args(What)), ("dtype", dtypes, get_args(DType)), ("merge", [merge], get_args(Merge))):
         if strange := [value for value in values if value not in known]:
             raise UserError(f"{label} = '{strange[0]}' is not offered, only {', '.join(known)}")
+    most_bytes = size_of(shard_size)
     require_llama_cpp()
     check_model(model, None if what == "base" else adapter)
-    job = Job(model, tokenizer, out_dir, name, samples, metadata or {}, stop_ids, progress, held_out, original)
+    job = Job(model, tokenizer, out_dir, name, samples, metadata or {}, stop_ids, progress, held_out, original, most_bytes)
     with job.folder():
         if what == "adapter":
             return job.adapters(adapter, list(dict.fromkeys(dtypes)), base)
@@ -155,6 +161,7 @@ class Job:
     progress: Progress | None
     held_out: HeldOut | None
     original: Original | None
+    most_bytes: int = size_of(SHARD_SIZE)
     start: float = field(default_factory=perf_counter)
 
     @property
@@ -309,7 +316,15 @@ class Job:
             fallbacks=fallbacks(made.file, made.dtype) if what != "adapter" and loads(made.rows) else {},
             rewards=made.graded.rewards if made.graded else {}, notes=made.notes,
         )  # fmt: skip
-        return settle(made.file, path, report, base)
+        if what == "adapter" or not made.passed or report.bytes <= self.most_bytes:
+            return settle({made.file: path}, report, base)
+        with scratch_folder(path) as folder:
+            parts = split(made.file, path.name, folder, self.most_bytes, self.progress)
+            self.say("self-check")
+            rows, _ = check(parts[0], None, few(made.expected), made.agree, made.dtype, looseness(family_of(self.config).arch))
+            seen = tuple(replace(row, name=f"{row.name}, in parts") for row in rows if row.name in ("loads", "tokens", "mean KL"))
+            same = (parts_row(made.file, parts, self.most_bytes),) if loads(rows) else ()
+            return settle({part: path.with_name(part.name) for part in parts}, replace(report, checks=(*report.checks, *seen, *same)))
 
     def keys(self, kind: str, dtype: DType, sources: Sequence[Source]) -> dict[str, Value]:
         """What the file says of itself."""
