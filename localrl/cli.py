@@ -177,6 +177,9 @@ def export(
     shard_size: Annotated[
         str | None, typer.Option("--shard-size", help="A larger model comes in parts: 2GiB, 500MiB; by default export.shard_size.", show_default=False)
     ] = None,
+    converter: Annotated[
+        Path | None, typer.Option("--converter", help="llama.cpp's convert_hf_to_gguf.py, for models this cannot write; by default $LLAMA_CPP_DIR for those.")
+    ] = None,
 ) -> None:
     """Write GGUF for llama.cpp, load it back there, and compare it with the trained model, rewards included, before saying done.
 
@@ -190,7 +193,8 @@ def export(
     from localrl.outcome import export_files
 
     with Work(console) as display:
-        files = export_files(path, display, what=what, dtypes=[t.strip() for t in types.split(",")], merge=merge, out=out, shard_size=shard_size)
+        dtypes = [name.strip() for name in types.split(",")]
+        files = export_files(path, display, what=what, dtypes=dtypes, merge=merge, out=out, shard_size=shard_size, converter=converter)
     console.print(export_table(files))
     for note in files[0].report.notes:
         _say(note)

@@ -76,12 +76,12 @@ def export_run(path: Path, display: Display, *, what: str, dtype: str, out: Path
 
 def export_files(
     path: Path, display: Display, *, what: str = "merged", dtypes: Sequence[str] = ("f16",), merge: str = "auto", out: Path | None = None,
-    shard_size: str | None = None,
+    shard_size: str | None = None, converter: Path | None = None,
 ) -> list[Export]:
     """GGUFs of the trained policy, a file each type, compared with it by llama.cpp before this returns: tokens, logits, and the run's own rewards.
 
-    `shard_size`: above which a model comes in parts; None: the run's `export.shard_size`. UserError for a file that does not say what the policy says; it
-    is put aside as `.failed`.
+    `shard_size`: above which a model comes in parts; `converter`: llama.cpp's own; None: as the run's `export` says. UserError for a file that does not say
+    what the policy says; it is put aside as `.failed`.
     """
     for name, given, known in (("what", [what], get_args(What)), ("type", dtypes, get_args(DType)), ("merge", [merge], get_args(Merge))):
         if strange := [value for value in given if value not in known]:
@@ -102,7 +102,7 @@ def export_files(
             what=cast(What, what), dtypes=[cast(DType, dtype) for dtype in dtypes], name=run.name, samples=samples,
             metadata=provenance(run, trained.folder, trained.checkpoint, data.eval), stop_ids=_stop_ids(trained),
             progress=_Announced(display), held_out=held_out, merge=cast(Merge, merge), original=original,
-            shard_size=shard_size or run.export.shard_size,
+            shard_size=shard_size or run.export.shard_size, converter=converter or (Path(run.export.converter) if run.export.converter else None),
         )  # fmt: skip
 
 
@@ -157,6 +157,11 @@ def _stop_ids(trained: Trained) -> list[int]:
     return sorted(end_tokens(trained.policy.model, trained.policy.tokenizer, trained.prepared.run.rollout.stop))
 
 
+PHASES = {
+    "self-check": "self-check by llama.cpp", "quantising": "quantising", "splitting": "splitting into parts", "converting": "llama.cpp's converter",
+}  # fmt: skip
+
+
 class _Announced:
     """The exporter's progress as a person sees it: phases, and MiB or tensors within them."""
 
@@ -164,7 +169,7 @@ class _Announced:
         self.display, self.phase = display, ""
 
     def __call__(self, done: int, total: int, name: str) -> None:
-        phase = {"self-check": "self-check by llama.cpp", "quantising": "quantising", "splitting": "splitting into parts"}.get(name, "writing")
+        phase = PHASES.get(name, "writing")
         if phase != self.phase:
             self.display.phase(phase)
         self.phase = phase

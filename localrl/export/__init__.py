@@ -13,7 +13,8 @@ model, and returns once llama.cpp, in a child process, has tokenised, rendered, 
     writer.py     the file                             heldout.py     the run's own rewards; answer_worker.py: llama.cpp's side
     quantize.py   smaller types made from it           report.py      what was found
     exporter.py   the whole way (parents.py)           settle.py      a file gets its name, or `.failed`; in parts: shards.py
-                                                       beside.py      README and Modelfile (ollama.py)
+    converter.py  llama.cpp's own, for other models    beside.py      README and Modelfile (ollama.py)
+                  (checkpoint.py, converted.py)        made.py        a file between its writing and its name
 """
 
 from localrl.export.exporter import Merge, What, check_exportable, export, export_all, require_llama_cpp
