@@ -14,8 +14,9 @@ from localrl.engines.sampling import stream_keys, uniforms
 from localrl.engines.stops import end_tokens
 from localrl.engines.torch import TorchEngine
 from localrl.evaluate import EVAL_VERSION, Evaluation, evaluate
-from localrl.export import DType, Export, HeldOut, Merge, Original, Sample, What, export_all, require_llama_cpp, size_of
+from localrl.export import DType, Export, HeldOut, Merge, Original, Sample, What, check_exportable, export_all, require_llama_cpp, size_of
 from localrl.folder import find_checkpoint, read_run, verify_checkpoint
+from localrl.planning import model_config
 from localrl.policy.adapters import using
 from localrl.policy.place import model_path
 from localrl.policy.policy import Policy
@@ -91,6 +92,8 @@ def export_files(
     if shard_size is not None:
         size_of(shard_size)
     require_llama_cpp()
+    if converter is not None:  # before minutes of loading and sampling
+        check_exportable(model_config(read_run(find_checkpoint(path)[0])), {}, converter=converter)
     trained = load_trained(path, display)
     run, data = trained.prepared.run, trained.prepared.data
     original = _original(trained, what, merge, display)

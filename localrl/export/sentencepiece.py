@@ -77,26 +77,25 @@ def check_merges(spec: Mapping[str, Any], merges: Merges) -> None:
     model = spec["model"]
     vocabulary: Mapping[str, int] = model["vocab"]
     added = {token["content"] for token in spec.get("added_tokens") or ()} | set(BYTES)
-    if odd := next((text for text in vocabulary if "\0" in text or not text), None):
-        raise UserError(f"the token {odd!r} holds a NUL or nothing, at which llama.cpp ends a text: {KEEP}")
     if odd := torn(merges):
         raise UserError(f"the merges that make '{odd}' are apart in the list, llama.cpp gives a token one place: {KEEP}")
-    every, skips = set(merges), bool(model.get("ignore_merges"))
+    every, spaces = set(merges), {text for text in added if not text.strip("▁")}  # spaces may be added tokens and come of merges too
+    doubtful = [text for text in (vocabulary.keys() - added) | spaces if model.get("ignore_merges") or not closed(text, vocabulary, every)]
+    if not doubtful:
+        return
     alone = Tokenizer.from_str(json.dumps({**spec, **BARE, "model": {**model, "ignore_merges": False}}))
-    for text in sorted((vocabulary.keys() - added) | {text for text in added if not text.strip("▁")}):  # spaces may be both
-        if len(text) > 1 and (skips or not closed(text, vocabulary, every)) and alone.encode(text).tokens != [text]:
-            raise UserError(f"the merges do not make the token '{text}' of its own text, llama.cpp would: {KEEP}")
+    if odd := next((text for text in sorted(doubtful) if len(text) > 1 and alone.encode(text).tokens != [text]), None):
+        raise UserError(f"the merges do not make the token '{odd}' of its own text, llama.cpp would: {KEEP}")
 
 
 def closed(text: str, vocabulary: Mapping[str, int], merges: set[tuple[str, ...]]) -> bool:
     """Whether all two parts that a token can be put together from are a merge. (llama.cpp begins with characters, known or not.)"""
-    parts = ((text[:i], text[i:]) for i in range(1, len(text)))
-    return all((left, right) in merges for left, right in parts if known(left, vocabulary) and known(right, vocabulary))
-
-
-def known(text: str, vocabulary: Mapping[str, int]) -> bool:
-    """Whether a text can stand between two merges."""
-    return len(text) == 1 or text in vocabulary
+    last = len(text) - 1
+    for i in range(1, last + 1):
+        left, right = text[:i], text[i:]
+        if (i == 1 or left in vocabulary) and (i == last or right in vocabulary) and (left, right) not in merges:
+            return False
+    return True
 
 
 def torn(merges: Merges) -> str | None:

@@ -122,6 +122,8 @@ def token_table(spec: Mapping[str, Any], rows: int, *, bytes_by_name: bool) -> t
     texts = {text for text, _ in by_id.values()}
     if len(texts) != len(by_id):  # llama.cpp aborts the whole process on it
         raise UserError("two ids of the tokenizer stand for the same text, which GGUF forbids: remove the duplicate added token")
+    if odd := next((text for text in texts if "\0" in text or not text), None):
+        raise UserError(f"the token {odd!r} is empty or holds a NUL, at which llama.cpp ends a token: remove it, or keep the PEFT adapter instead")
     for i in range(rows):
         name = f"[PAD{i}]"
         while i not in by_id and name in texts:

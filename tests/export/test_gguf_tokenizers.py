@@ -217,6 +217,7 @@ def changed(make: Callable[[], PreTrainedTokenizerFast], **model: Any) -> PreTra
         (lambda: with_added(lambda: byte_level(GPT2), AddedToken("[<tool>]", normalized=True)), r"'<tool>' lies within '\[<tool>\]'"),
         (lambda: with_added(sentencepiece, AddedToken("<x>", normalized=True)), "'<x>' is normalized to '▁<x>'"),
         (lambda: with_added(KINDS["phi3"][1], AddedToken("<x>", normalized=False)), "here '<x>' differs"),
+        (lambda: with_added(sentencepiece, AddedToken("a\0b", normalized=False)), r"'a\\x00b' is empty or holds a NUL"),
         (lambda: with_merges(without_first), "do not make the token"),
         (lambda: with_merges(torn_apart), "apart in the list"),
         (lambda: with_added(lambda: sentencepiece("gemma"), AddedToken("▁" * (longest_space() + 1), normalized=False)), "token '▁+' of its own"),
