@@ -94,7 +94,9 @@ class Case:
             "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
         }  # fmt: skip
         if self.family == "smollm3":
-            sizes["no_rope_layers"] = [1] * self.layers              # its default has one layer less than one
+            sizes["no_rope_layers"] = [int((i + 1) % 4 != 0) for i in range(self.layers)]
+        if self.family.startswith("gemma"):
+            sizes["query_pre_attn_scalar"] = self.head_dim
         if self.family not in ("qwen2", "phi3"):
             sizes["head_dim"] = self.head_dim
         if self.window is not None:

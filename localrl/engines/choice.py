@@ -46,8 +46,7 @@ def objection(adapter: AdapterSettings, config: Any) -> str | None:
     if sentence := missing():
         return sentence
     try:
-        family_of(config)
-        check_lora({"target_modules": adapter.lora_target_modules})
+        check_lora({"target_modules": adapter.lora_target_modules}, family_of(config))
     except UserError as error:
         return f"rollout.engine = 'llama_cpp' cannot hold this model ({error}): take rollout.engine=torch"
     return None

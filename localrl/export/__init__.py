@@ -4,7 +4,8 @@
 model, and returns once llama.cpp, in a child process, has tokenised, rendered, scored and continued real prompts as the trained model does.
 `check_exportable` asks before training.
 
-    families.py   which models, under which names      probes.py      texts and dialogues on which things are known to part
+    families.py   which models, under which names;     probes.py      texts and dialogues on which things are known to part
+                  rope.py: rotary embeddings
     weights.py    the live model as fp32 rows          reference.py   what the trained model says
     original.py   the same from before quantising      expected.py    everything that a file will be asked, with the answers
     tokenizer.py  the live tokenizer as GGUF keys      check.py       what has to agree, how closely; check_worker.py: llama.cpp's side

@@ -2,7 +2,8 @@
 
 Both take added tokens out of a text before anything else. The tokenizer takes the leftmost, of those the longest; llama.cpp the longest, wherever.
 They agree unless one token's end is another's beginning. Of the flags (`single_word`, `lstrip`, `rstrip`, `normalized`) llama.cpp knows one, and
-that by the model's name alone: in a model called phi-3 every special token but three takes the spaces behind it.
+that by the model's name alone: in a model called phi-3 every special token but three takes the spaces behind it. Where tokens take spaces otherwise
+(Phi-4's do, on both sides), texts with spaces beside them differ, and no others.
 """
 
 from __future__ import annotations
@@ -29,9 +30,8 @@ def check_added(spec: Mapping[str, Any], normalized: Mapping[str, str]) -> bool:
     """
     added: Sequence[Mapping[str, Any]] = spec.get("added_tokens") or ()
     for token in added:
-        for flag in ("single_word", "lstrip"):
-            if token.get(flag):
-                raise UserError(f"the added token '{token['content']}' has {flag} = true, which llama.cpp has not: {OUT}")
+        if token.get("single_word"):
+            raise UserError(f"the added token '{token['content']}' has single_word = true, which llama.cpp has not: {OUT}")
         text = token["content"]
         if normalized.get(text, text) != text:
             raise UserError(f"the added token '{text}' is normalized to '{normalized[text]}', which llama.cpp does not do: add it with normalized = False")
@@ -47,24 +47,26 @@ def check_added(spec: Mapping[str, Any], normalized: Mapping[str, str]) -> bool:
 
 
 def strips(spec: Mapping[str, Any], added: Sequence[Mapping[str, Any]]) -> bool:
-    """Phi-3's rule of spaces behind special tokens: kept to the letter (True), or no token has any (False). UserError between the two."""
+    """Whether the tokens take spaces as llama.cpp has it for Phi-3, to the letter."""
+    texts = {token["content"] for token in added}
     taking = {token["content"] for token in added if token.get("rstrip")}
-    if not taking:
-        return False
-    texts = {token["content"] for token in added} | set(spec["model"]["vocab"])
-    wanted = ({token["content"] for token in added} | {"</s>"}) - set(PHI3)
-    if taking != wanted or not texts >= {*PHI3, "</s>"}:
-        odd = sorted(taking ^ wanted or {*PHI3, "</s>"} - texts)[0]
-        raise UserError(f"the added token '{min(taking)}' has rstrip = true, which llama.cpp knows only as Phi-3 has it: all added tokens but "
-                        f"{', '.join(PHI3)}, and here '{odd}' differs: {OUT}")  # fmt: skip
-    return True
+    known = texts | set(spec["model"]["vocab"])
+    return known >= {*PHI3, "</s>"} and taking == (texts | {"</s>"}) - set(PHI3) and not any(token.get("lstrip") for token in added)
 
 
-def strip_limit(spec: Mapping[str, Any]) -> Limit:
-    """llama.cpp takes ASCII's spaces behind such a token, the tokenizer all of Unicode's."""
-    taking = "|".join(re.escape(token["content"]) for token in spec["added_tokens"] if token.get("rstrip"))
-    found = re.compile(rf"(?:{taking})[\t-\r ]*[{WIDE_SPACES}]")
-    return Limit("with spaces beyond ASCII behind a special token, which llama.cpp does not take away", lambda text: found.search(text) is not None)
+def space_limits(spec: Mapping[str, Any], takes_spaces: bool) -> list[Limit]:
+    """Texts with spaces that a token takes and llama.cpp leaves: as in Phi-3 those beyond ASCII alone, otherwise all beside such a token."""
+    added: Sequence[Mapping[str, Any]] = spec.get("added_tokens") or ()
+    before, behind = ([re.escape(token["content"]) for token in added if token.get(flag)] for flag in ("lstrip", "rstrip"))
+    if takes_spaces:
+        wide = re.compile(rf"(?:{'|'.join(behind)})[\t-\r ]*[{WIDE_SPACES}]")
+        return [Limit("with spaces beyond ASCII behind a special token, which llama.cpp does not take away", lambda text: wide.search(text) is not None)]
+    sides = [rf"\s(?:{'|'.join(before)})"] * bool(before) + [rf"(?:{'|'.join(behind)})\s"] * bool(behind)
+    if not sides:
+        return []
+    first = next(token["content"] for token in added if token.get("lstrip") or token.get("rstrip"))
+    beside = re.compile("|".join(sides))
+    return [Limit(f"with spaces beside {first} and its like, which take them (llama.cpp leaves them)", lambda text: beside.search(text) is not None)]
 
 
 def overlap(texts: Sequence[str]) -> tuple[str, str] | None:

@@ -55,9 +55,12 @@ class Told:
 
         ends = [text for name in ("eos", "eot", "eom") if (text := token(name))] + list(get("localrl.stop", []))
         arch, url = get("general.architecture", ""), get("general.base_model.0.repo_url", "")
+        context = min(MOST_CONTEXT, int(get(f"{arch}.context_length", MOST_CONTEXT)))
+        if f"{arch}.rope.scaling.attn_factor" in fields:  # longrope: with more room llama.cpp turns short texts too by the factors for long ones
+            context = min(context, int(get(f"{arch}.rope.scaling.original_context_length", context)))
         return cls(
             template=get("tokenizer.chat_template", ""), bos=token("bos"), eos=token("eos"), adds_bos=bool(get("tokenizer.ggml.add_bos_token", False)),
-            ends=tuple(dict.fromkeys(ends)), context=min(MOST_CONTEXT, int(get(f"{arch}.context_length", MOST_CONTEXT))),
+            ends=tuple(dict.fromkeys(ends)), context=context,
             temperature=round(float(get("general.sampling.temp", 1.0)), 4), licence=get("general.license", ""),
             base_model=url.removeprefix("https://huggingface.co/"),
         )  # fmt: skip

@@ -25,7 +25,7 @@ DECIDED = 0.5
 
 def load(job: dict[str, Any]) -> llama_cpp.Llama:
     """The file in strict mode: no flash attention, keys and values in F32, so that nothing but the file can differ."""
-    width = max([len(s["tokens"]) for s in job["sequences"]] + [len(p) + job["count"] for p in job["prompts"]]) + 8
+    width = max([len(s["tokens"]) for s in job["sequences"]] + [len(p) + job["count"] for p in job["prompts"]])
     llama = llama_cpp.Llama(
         job["model"],
         n_ctx=width,
@@ -34,6 +34,7 @@ def load(job: dict[str, Any]) -> llama_cpp.Llama:
         n_threads=job["threads"],
         n_threads_batch=job["threads"],
         flash_attn=False,
+        swa_full=True,
         type_k=llama_cpp.GGML_TYPE_F32,
         type_v=llama_cpp.GGML_TYPE_F32,
         verbose=False,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from localrl.export.families import FAMILIES
 from localrl.export.reference import inside_lora
 from localrl.export.weights import causal_lm, check_lora, row_blocks, shape_of, stored, weight_reader
 from localrl.settings import UserError
@@ -26,7 +27,7 @@ def check_mergeable(model: Any, adapter: str | None) -> None:
         return
     if adapter not in configs:
         raise UserError(f"the model has no adapter '{adapter}' (it has: {', '.join(configs) or 'none'}): export what = 'base' instead")
-    check_lora(configs[adapter].to_dict() | {"target_modules": ()})
+    check_lora(configs[adapter].to_dict() | {"target_modules": ()}, FAMILIES["llama"])  # what no merge can express; not where it is
     for name, module in lm.named_modules():
         if hasattr(module, "lora_A") and not isinstance(stored(module), nn.Linear):
             raise UserError(f"LoRA on '{name}', a {type(stored(module)).__name__}, cannot be merged here, only on linear layers: keep the PEFT adapter instead")

@@ -61,7 +61,8 @@ def expected_texts(tokenizer: Any, vocabulary: Vocabulary, data: Sequence[Sequen
     """Probes, the run's own data (ids) as text, and every added token within words, with their ids. -> (texts, what was left out, if anything)."""
     names = list(tokenizer.get_added_vocab())
     each = 1 + len(names) // 256  # some models have thousands of them
-    added = ["".join(f"one{name}two {name} three" for name in names[i : i + each]) for i in range(0, len(names), each)]
+    apart = [text if like(text := f"one{name}two {name} three", vocabulary) else f"one{name}two{name}three" for name in names]
+    added = ["".join(apart[i : i + each]) for i in range(0, len(apart), each)]
     own = {tokenizer.decode(list(p), clean_up_tokenization_spaces=False) for p in data if p}
     texts, note = list(dict.fromkeys([*PROBES, *sorted(own), *added])), ""
     for limit in vocabulary.limits:
@@ -82,8 +83,13 @@ def expected_texts(tokenizer: Any, vocabulary: Vocabulary, data: Sequence[Sequen
     return [(t, b, None if vocabulary.space_at_start else d) for t, b, d in zip(texts, bare, dressed, strict=True)], note
 
 
-def expected_dialogues(tokenizer: Any) -> list[dict[str, Any]]:
-    """Dialogues as the live tokenizer renders and tokenises them; those that its template refuses are left out."""
+def like(text: str, vocabulary: Vocabulary) -> bool:
+    """Whether llama.cpp can tokenise this text as the tokenizer does."""
+    return not any(limit.beyond(text) for limit in vocabulary.limits)
+
+
+def expected_dialogues(tokenizer: Any, vocabulary: Vocabulary) -> list[dict[str, Any]]:
+    """Dialogues as the live tokenizer renders and tokenises them, without what its template refuses, and (if not all) what is unlike in llama.cpp."""
     found: list[dict[str, Any]] = []
     if template_of(tokenizer) is None:
         return found
@@ -95,7 +101,7 @@ def expected_dialogues(tokenizer: Any) -> list[dict[str, Any]]:
                 continue
             ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
             found.append({"messages": messages, "add_generation_prompt": prompt, "text": text, "ids": ids})
-    return found
+    return [dialogue for dialogue in found if like(dialogue["text"], vocabulary)] or found
 
 
 def expect(
@@ -114,7 +120,7 @@ def expect(
         live = ask(model, told, rows)
         own = max(float(divergence(a.logits, b.logits).mean()) for a, b in zip(asked, live, strict=True))
     prompts = [sample.prompt[: max(1, room(model) - GREEDY)] for sample in told[:GREEDY_CASES]]
-    dialogues, harmless = expected_dialogues(tokenizer), harmless_ends(vocabulary, told)
+    dialogues, harmless = expected_dialogues(tokenizer, vocabulary), harmless_ends(vocabulary, told)
     specials: dict[str, Any] = {name: value for name in SPECIALS if (value := vocabulary.keys.get(f"tokenizer.ggml.{name}")) is not None}
     front = bool(vocabulary.keys.get("tokenizer.ggml.add_space_prefix"))
     return Expected(texts, pieces, front, note, dialogues, template_of(tokenizer) or "", specials, vocabulary.stop_ids, harmless, asked, prompts, own)

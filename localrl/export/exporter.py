@@ -53,8 +53,8 @@ def check_exportable(
     `config`: transformers' model configuration. `lora`: keys as in PEFT's LoraConfig, missing ones are its defaults. `tokenizer`: live, or
     None to leave it out. `stop_ids`: what ends a reply, beside the tokenizer's eos. `converter`: llama.cpp's own, by its path.
     """
-    own = converter_for(config, converter) is None
-    check_lora(lora if own else {**lora, "target_modules": ()})
+    if converter_for(config, converter) is None:
+        check_lora(lora, family_of(config))
     if tokenizer is not None:
         read_vocabulary(tokenizer, int(config.vocab_size), stop_ids)
 

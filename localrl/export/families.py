@@ -1,26 +1,69 @@
 """Which transformers models can be written as GGUF, and under which names and keys.
 
-A family is a row of a table: the GGUF architecture and whether llama.cpp wants the rows of the query and key projections interleaved.
-Supported: Llama 2 / 3 and what shares their code (SmolLM, TinyLlama, ...), Mistral, Qwen2, Qwen2.5, Qwen3.
+A family is a row of a table: the GGUF architecture, the modules of a layer and their tensors, and what llama.cpp's graph of that architecture
+has fixed, so that a model of another mind is refused by name before anything is written.
 
-Left out, because nothing here proves them yet: mixtures of experts, Gemma (norm + 1, soft caps), Phi (fused projections, longrope), SmolLM3
-(layers without rope). They are refused by name, before anything is written.
+| transformers | GGUF | beside what all have |
+|---|---|---|
+| llama (Llama 2 / 3, SmolLM, TinyLlama, ...), mistral | llama | rows of q and k interleaved |
+| qwen2 (2.5), qwen3 | qwen2, qwen3 | |
+| smollm3 | smollm3 | rows of q and k interleaved; every 4th layer without rope |
+| gemma2, gemma3_text | gemma2, gemma3 | norms times 1 + w, two more of them; a window in most layers; capped scores and logits |
+| phi3 (Phi-3, 3.5, Phi-4, Phi-4-mini) | phi3 | q, k, v in one projection, gate and up in another; longrope; a part of each head rotates |
+
+Rotary embeddings are in `rope.py`. What the graphs do was read in llama.cpp's src/models/<arch>.cpp (load_arch_hparams and graph), and is proven
+by the self-check, logit by logit. Left out, because nothing here proves them yet: mixtures of experts, models that see or hear, Gemma 1.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 
+from localrl.export.rope import FULL, SLIDING, rope_keys, unstretched
 from localrl.settings import UserError
 
 Value = int | float | bool | str | list[str] | list[int] | list[float]
 """What a GGUF key may hold."""
+Keys = dict[str, Value]
+
+ATTENTION: Mapping[str, str] = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "self_attn.o_proj": "attn_output",
+}
+MLP: Mapping[str, str] = {"mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
+LAYER: Mapping[str, str] = {"input_layernorm": "attn_norm", **ATTENTION, "post_attention_layernorm": "ffn_norm", **MLP}
+"""Module within a layer -> tensor within a GGUF block, in the order in which they are written. A module that is not there has no tensor."""
+GEMMA_LAYER: Mapping[str, str] = {
+    "input_layernorm": "attn_norm",
+    **ATTENTION,
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    **MLP,
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+"""Gemma 2 and 3 norm what a sublayer gives as well: the norm that others have before the MLP stands behind attention here."""
+PHI_LAYER: Mapping[str, str] = {
+    "input_layernorm": "attn_norm",
+    "self_attn.qkv_proj": "attn_qkv",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+"""Fused: rows of q, k and v; of gate and up, in this order in llama.cpp too."""
+
+
+def plain(config: Any) -> Keys:
+    """No keys but those that all have."""
+    return {}
 
 
 @dataclass(frozen=True)
@@ -29,36 +72,105 @@ class Family:
 
     arch: str
     """GGUF's name of the architecture: llama.cpp picks its graph by it."""
-    interleaved: bool
+    layer: Mapping[str, str] = field(default_factory=lambda: LAYER)
+    """Module within a layer -> tensor within a GGUF block."""
+    interleaved: bool = False
     """llama.cpp rotates neighbouring pairs here, transformers halves: the rows of q and k (and their biases) change places."""
     biases: frozenset[str] = frozenset()
     """Projections that may carry a bias."""
+    fixed: Mapping[str, Any] = field(default_factory=lambda: {"hidden_act": "silu"})
+    """Setting of the configuration -> its only value in the graph; None and False are the same."""
+    ropes: tuple[str, ...] = ("default", "linear", "yarn")
+    """Rotary types that the graph computes."""
+    partial: bool = False
+    """A part of each head may stay as it is."""
+    local: bool = False
+    """Layers with a window have a rope_theta of their own."""
+    square: bool = False
+    """All heads together have to be as wide as the model."""
+    norm_offset: float = 0.0
+    """What transformers adds to every norm's weight when it computes, and llama.cpp does not."""
+    windows: bool = False
+    """llama.cpp gives layers their sliding window. (Else it has none, and a file is good up to the length of the window.)"""
+    more: Callable[[Any], Keys] = plain
+    """Keys (without the architecture's prefix) beyond those that all have; UserError for what the graph computes differently."""
+
+    @property
+    def projections(self) -> frozenset[str]:
+        """Modules, by the last part of their names, that can carry LoRA."""
+        return frozenset(path.split(".")[-1] for path in self.layer if path.endswith("_proj"))
 
 
-ATTENTION = frozenset({"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"})
-MLP = frozenset({"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"})
+def no_rope_keys(config: Any) -> Keys:
+    """SmolLM3: every 4th layer has no rope, which is fixed in llama.cpp."""
+    found, wanted = list(config.no_rope_layers), [int((i + 1) % 4 != 0) for i in range(config.num_hidden_layers)]
+    if found[: len(wanted)] != wanted:
+        raise UserError(f"no_rope_layers = {found} is not in llama.cpp's smollm3 graph, only every 4th layer without (1, 1, 1, 0, ...): keep the PEFT adapter")
+    return {}
+
+
+def gemma2_keys(config: Any) -> Keys:
+    """Every second layer sees all; scores and logits are capped."""
+    caps = {name: getattr(config, name) for name in ("attn_logit_softcapping", "final_logit_softcapping")}
+    if missing := [name for name, cap in caps.items() if not cap]:
+        raise UserError(f"{missing[0]} = {caps[missing[0]]} is not in llama.cpp's gemma2 graph, which always caps: keep the PEFT adapter")
+    check_windows(config, "gemma2", every=2)
+    check_scale(config, "gemma2", largest=46)
+    return {"attention.sliding_window": int(config.sliding_window), **{name: float(cap) for name, cap in caps.items()}}
+
+
+def gemma3_keys(config: Any) -> Keys:
+    """Every sixth layer sees all (or each of them); only logits may be capped."""
+    check_scale(config, "gemma3", largest=62)
+    keys: Keys = {}
+    if SLIDING in config.layer_types:  # without the key no layer has a window
+        check_windows(config, "gemma3", every=6)
+        keys["attention.sliding_window"] = int(config.sliding_window)
+    if config.final_logit_softcapping:
+        keys["final_logit_softcapping"] = float(config.final_logit_softcapping)
+    return keys
+
+
+def check_windows(config: Any, arch: str, *, every: int) -> None:
+    """UserError unless every n-th layer sees all and the others have a window, as it is fixed in llama.cpp."""
+    full = [i for i, kind in enumerate(config.layer_types) if kind == FULL]
+    if full != list(range(every - 1, config.num_hidden_layers, every)):
+        raise UserError(f"layer_types has full attention in {full}, llama.cpp's {arch} graph only in the last of every {every}: keep the PEFT adapter")
+    if not config.sliding_window:
+        raise UserError(f"sliding_window = {config.sliding_window} with sliding layers is not in llama.cpp's {arch} graph: keep the PEFT adapter")
+
+
+def check_scale(config: Any, arch: str, *, largest: int) -> None:
+    """UserError unless scores are divided as llama.cpp does: by the root of head_dim, in the 27B (which has `largest` layers) of hidden_size / heads."""
+    wanted = config.hidden_size // config.num_attention_heads if config.num_hidden_layers == largest else head_width(config)
+    if config.query_pre_attn_scalar != wanted:
+        raise UserError(
+            f"query_pre_attn_scalar = {config.query_pre_attn_scalar} is not in llama.cpp's {arch} graph, only {wanted} with {config.num_hidden_layers} layers: "
+            "keep the PEFT adapter"
+        )
+
+
+def phi3_keys(config: Any) -> Keys:
+    """The window is written as others do, but llama.cpp knows none here; 0: there is none."""
+    return {"attention.sliding_window": int(config.sliding_window or 0)}
+
+
+QKV = frozenset({"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"})
+SILU: Mapping[str, Any] = {"hidden_act": "silu"}
+GELU: Mapping[str, Any] = {"hidden_activation": "gelu_pytorch_tanh", "attention_bias": False, "use_bidirectional_attention": False}
+GEMMA: Mapping[str, Any] = {"layer": GEMMA_LAYER, "ropes": ("default", "linear"), "norm_offset": 1.0, "windows": True}
+ALL_ROPES = ("default", "linear", "llama3", "yarn")
 
 FAMILIES: Mapping[str, Family] = {
-    "llama": Family("llama", interleaved=True, biases=ATTENTION | MLP),
-    "mistral": Family("llama", interleaved=True),
-    "qwen2": Family("qwen2", interleaved=False, biases=ATTENTION - {"self_attn.o_proj"}),
-    "qwen3": Family("qwen3", interleaved=False),
+    "llama": Family("llama", interleaved=True, biases=QKV | {"self_attn.o_proj"} | set(MLP), ropes=ALL_ROPES),
+    "mistral": Family("llama", interleaved=True, ropes=ALL_ROPES),
+    "qwen2": Family("qwen2", biases=QKV, square=True),
+    "qwen3": Family("qwen3", fixed={**SILU, "attention_bias": False}),
+    "smollm3": Family("smollm3", interleaved=True, fixed={**SILU, "attention_bias": False, "mlp_bias": False}, more=no_rope_keys),
+    "gemma2": Family("gemma2", fixed={**GELU, "tie_word_embeddings": True}, more=gemma2_keys, **GEMMA),
+    "gemma3_text": Family("gemma3", fixed={**GELU, "attn_logit_softcapping": None}, local=True, more=gemma3_keys, **GEMMA),
+    "phi3": Family("phi3", layer=PHI_LAYER, ropes=("default", "longrope"), partial=True, square=True, more=phi3_keys),
 }
-
-LAYER: Mapping[str, str] = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-"""Module within a layer -> tensor within a GGUF block, in the order in which they are written."""
 
 
 def family_of(config: Any) -> Family:
@@ -73,15 +185,23 @@ def family_of(config: Any) -> Family:
     if family is None:
         known = ", ".join(FAMILIES)
         raise UserError(f"a model of type '{kind}' cannot be written as GGUF, only {known}: keep the checkpoint's PEFT adapter instead")
-    if config.hidden_act != "silu":
-        raise UserError(f"hidden_act = '{config.hidden_act}' is not in llama.cpp's {family.arch} graph, only 'silu': keep the PEFT adapter")
-    if getattr(config, "attention_bias", False) and "self_attn.o_proj" not in family.biases:
-        raise UserError(f"attention_bias = true is not in llama.cpp's {family.arch} graph, only false: keep the PEFT adapter")
+    for setting, value in family.fixed.items():
+        found = getattr(config, setting, None)
+        if (found or None) != (value or None):
+            raise UserError(f"{setting} = {found!r} is not in llama.cpp's {family.arch} graph, only {value!r}: keep the PEFT adapter")
     heads, width = config.num_attention_heads, head_width(config)
-    if family.arch == "qwen2" and heads * width != config.hidden_size:
-        raise UserError(f"head_dim {width} x {heads} heads is not hidden_size {config.hidden_size}, as a qwen2 GGUF must: keep the PEFT adapter")
-    rope_scaling(config)
+    if family.square and heads * width != config.hidden_size:
+        raise UserError(f"head_dim {width} x {heads} heads is not hidden_size {config.hidden_size}, as a {family.arch} GGUF must: keep the PEFT adapter")
+    if strange := set(getattr(config, "layer_types", None) or ()) - {FULL, SLIDING}:
+        raise UserError(f"layers of type '{min(strange)}' are not in llama.cpp's {family.arch} graph: keep the PEFT adapter")
+    special_keys(config, family)
     return family
+
+
+def special_keys(config: Any, family: Family) -> Keys:
+    """GGUF keys (without prefix) of everything that not all models have. UserError for what the graph computes differently."""
+    rope = rope_keys(config, head_width(config), family.arch, family.ropes, partial=family.partial, local=family.local)
+    return {**rope, **family.more(config)}
 
 
 def head_width(config: Any) -> int:
@@ -89,67 +209,23 @@ def head_width(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def rope_of(config: Any) -> dict[str, Any]:
-    """The rotary settings as one mapping with `rope_type` and `rope_theta`, wherever this version of transformers keeps them."""
-    rope = dict(getattr(config, "rope_scaling", None) or {}) | dict(getattr(config, "rope_parameters", None) or {})
-    rope.setdefault("rope_type", rope.pop("type", "default"))
-    rope.setdefault("rope_theta", getattr(config, "rope_theta", None) or 10000.0)
-    return rope
-
-
-def rope_scaling(config: Any) -> dict[str, Value]:
-    """GGUF keys (without the architecture's prefix) of the rotary scaling; UserError where llama.cpp's would differ."""
-    rope = rope_of(config)
-    kind = rope["rope_type"]
-    if float(rope.get("partial_rotary_factor") or 1.0) != 1.0:
-        raise UserError(f"partial_rotary_factor = {rope['partial_rotary_factor']} cannot be written as GGUF here, only 1: keep the PEFT adapter")
-    if kind in ("default", "llama3"):  # llama3's factors travel as a tensor, see rope_factors
-        return {}
-    if kind == "linear":
-        return {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])}
-    if kind == "yarn":
-        odd = {k: rope[k] for k, usual in YARN.items() if rope.get(k) not in (None, usual)}
-        if odd:
-            raise UserError(f"yarn with {odd} has no counterpart in llama.cpp, only {YARN}: keep the PEFT adapter")
-        original = int(rope.get("original_max_position_embeddings") or config.max_position_embeddings)
-        return {"rope.scaling.type": "yarn", "rope.scaling.factor": float(rope["factor"]), "rope.scaling.original_context_length": original}
-    raise UserError(f"rope_type = '{kind}' cannot be written as GGUF, only default, linear, llama3 and yarn: keep the PEFT adapter")
-
-
-YARN: Mapping[str, Any] = {
-    "beta_fast": 32, "beta_slow": 1, "attention_factor": None, "mscale": None, "mscale_all_dim": None, "truncate": True,
-}  # fmt: skip
-"""yarn's settings as llama.cpp has them fixed."""
-
-
-def rope_factors(config: Any) -> np.ndarray[Any, Any] | None:
-    """What each rotary frequency is divided by, for Llama 3's scaling: (head_dim / 2,) float32, or None.
-
-    >>> from transformers import LlamaConfig
-    >>> rope_factors(LlamaConfig()) is None
-    True
-    """
-    rope = rope_of(config)
-    if rope["rope_type"] != "llama3":
-        return None
-    width = head_width(config)
-    wave = 2 * math.pi * float(rope["rope_theta"]) ** (np.arange(0, width, 2, dtype=np.float64) / width)
-    factor, low, high = (float(rope[k]) for k in ("factor", "low_freq_factor", "high_freq_factor"))
-    original = float(rope["original_max_position_embeddings"])
-    smooth = np.clip((original / wave - low) / (high - low), 0.0, 1.0)  # 1: a short wave, kept; 0: a long one, stretched
-    return (1.0 / ((1.0 - smooth) / factor + smooth)).astype(np.float32)
-
-
 def context_length(config: Any) -> int:
-    """Tokens for which llama.cpp computes what transformers does: it has no sliding window here, so the window is the limit."""
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    return min(int(config.max_position_embeddings), int(window or config.max_position_embeddings))
+    """Tokens for which a file is good: the model's own, but where llama.cpp has no sliding window the window is the limit."""
+    longest, window = int(config.max_position_embeddings), getattr(config, "sliding_window", None)
+    if not window or not getattr(config, "use_sliding_window", True) or FAMILIES[config.model_type].windows:
+        return longest
+    return min(longest, int(window)) if SLIDING in (getattr(config, "layer_types", None) or [SLIDING]) else longest
+
+
+def same_length(config: Any) -> int:
+    """Up to how many tokens of room llama.cpp computes what transformers does: `context_length`, with longrope the original length."""
+    return min(context_length(config), unstretched(config) or context_length(config))
 
 
 def hyperparameters(config: Any, rows: int) -> dict[str, Value]:
     """Everything llama.cpp must know to build the graph. `rows`: of the embedding, at least the tokenizer's length."""
-    width = head_width(config)
-    keys: dict[str, Value] = {
+    width, family = head_width(config), family_of(config)
+    keys: Keys = {
         "vocab_size": rows,
         "context_length": context_length(config),
         "embedding_length": int(config.hidden_size),
@@ -160,15 +236,13 @@ def hyperparameters(config: Any, rows: int) -> dict[str, Value]:
         "attention.key_length": width,
         "attention.value_length": width,
         "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
-        "rope.dimension_count": width,
-        "rope.freq_base": float(rope_of(config)["rope_theta"]),
-        **rope_scaling(config),
+        **special_keys(config, family),
     }
-    return {f"{family_of(config).arch}.{key}": value for key, value in keys.items()}
+    return {f"{family.arch}.{key}": value for key, value in keys.items()}
 
 
 def row_order(config: Any, module: str, rows: int) -> torch.Tensor | None:
-    """Which row of a projection llama.cpp wants where, or None: as they are. `module` is a key of LAYER. -> (rows,) int64.
+    """Which row of a projection llama.cpp wants where, or None: as they are. `module` is a key of the family's `layer`. -> (rows,) int64.
 
     >>> from transformers import LlamaConfig
     >>> tiny = LlamaConfig(hidden_size=8, num_attention_heads=2, num_key_value_heads=2, head_dim=4)

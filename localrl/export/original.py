@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,6 +15,9 @@ from torch import Tensor, nn
 from localrl.export.weights import Reader, Source, causal_lm, lora_of, model_sources, modules_of, scaled, stored
 from localrl.settings import UserError
 
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+"""A checkpoint in one file, or the list of its shards."""
+
 
 @dataclass(frozen=True)
 class Original:
@@ -24,13 +28,13 @@ class Original:
 
     @classmethod
     def of(cls, folder: Path) -> Original:
-        """From the safetensors files of a model folder; UserError if there are none, or if they hold no plain numbers."""
+        """From the safetensors files that transformers loads of a folder; UserError if there are none, one is missing, or they hold no plain numbers."""
         files: dict[str, Path] = {}
-        for file in sorted(folder.glob("*.safetensors")):
+        for file in checkpoint_files(folder):
+            if not file.is_file():
+                raise UserError(f"{file} is missing, which {INDEX} names: copy it there, or take merge = 'dequantized'")
             with safe_open(file, "pt") as opened:
                 files |= dict.fromkeys(opened.keys(), file)
-        if not files:
-            raise UserError(f"{folder} holds no safetensors files, from which the original weights could be read: merge = 'dequantized'")
         if packed := [name for name in files if name.endswith((".absmax", ".SCB", ".qweight", ".weight_scale_inv"))]:
             raise UserError(f"the checkpoint in {folder} is quantised itself ({packed[0]}), it has no original weights: merge = 'dequantized'")
         return cls(files)
@@ -43,6 +47,19 @@ class Original:
             raise UserError(f"the original checkpoint has no weight '{wanted}' (or several): merge = 'dequantized'")
         with safe_open(self.files[found[0]], "pt") as opened:
             return scaled(opened.get_tensor(found[0]))
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """`model.safetensors`, else what the index of the shards names: whatever else lies in the folder is not the model. UserError if there is neither."""
+    if (whole := folder / WHOLE).is_file():
+        return [whole]
+    if not (index := folder / INDEX).is_file():
+        raise UserError(f"{folder} holds no safetensors checkpoint ({WHOLE} or {INDEX}) to read the original weights from: merge = 'dequantized'")
+    try:
+        names = json.loads(index.read_text("utf-8"))["weight_map"].values()
+    except (ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"{index} is no index of a checkpoint's shards ({error!r}): download it again, or take merge = 'dequantized'") from None
+    return [folder / name for name in sorted(set(names))]
 
 
 def is_quantised(module: nn.Module) -> bool:

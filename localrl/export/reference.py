@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from localrl.export.families import context_length
+from localrl.export.families import same_length
 from localrl.export.original import Original, is_quantised
 from localrl.export.weights import Reader, base_reader, causal_lm, lora_of, row_blocks, shape_of, stored
 
@@ -98,7 +98,7 @@ def exact(model: nn.Module, adapter: str | None, original: Original | None = Non
     before = {id(m): vars(m).get("forward") for m in leaves}
     for name, module in named.items():
         open_base = partial(original, name) if original is not None and is_quantised(module) else partial(base_reader, module)
-        module.forward = embed(open_base) if isinstance(stored(module), nn.Embedding) else linear(module, adapter, open_base)
+        module.forward = embed(module, open_base) if isinstance(stored(module), nn.Embedding) else linear(module, adapter, open_base)
     try:
         yield
     finally:
@@ -124,11 +124,12 @@ def inside_lora(name: str) -> bool:
     return any(part == "base_layer" or part.startswith("lora_") for part in name.split("."))
 
 
-def embed(open_base: Callable[[], Reader]) -> Any:
-    """Forward of an embedding in fp32."""
+def embed(module: Any, open_base: Callable[[], Reader]) -> Any:
+    """Forward of an embedding in fp32; Gemma's multiplies by the root of its width."""
+    scale = float(getattr(stored(module), "scalar_embed_scale", 1.0))
 
     def forward(ids: Tensor) -> Tensor:
-        return open_base()(ids.reshape(-1)).to(ids.device).reshape(*ids.shape, -1)
+        return open_base()(ids.reshape(-1)).to(ids.device).reshape(*ids.shape, -1) * scale
 
     return forward
 
@@ -177,8 +178,8 @@ def few_enough(model: nn.Module, samples: Sequence[Sample]) -> int:
 
 
 def room(model: nn.Module) -> int:
-    """Tokens of a sample that are looked at: LONGEST, or what the two agree on (llama.cpp has no sliding window here)."""
-    return min(LONGEST, context_length(causal_lm(model).config))
+    """Tokens of a sample that are looked at: LONGEST, or what the two agree on."""
+    return min(LONGEST, same_length(causal_lm(model).config))
 
 
 def partings(model: nn.Module, prompts: Sequence[Sequence[int]], written: Sequence[Sequence[int]]) -> list[Parting]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from gguf import TokenType
 
-from localrl.export.added import check_added, strip_limit
+from localrl.export.added import check_added, space_limits
 from localrl.export.families import Value
 from localrl.export.limits import CASED, LITERAL, NFC, Limit
 from localrl.export.sentencepiece import BYTES, sentencepiece_keys
@@ -97,7 +97,7 @@ def read_vocabulary(tokenizer: Any, rows: int, stop_ids: Sequence[int]) -> Vocab
     spaces = by_name and any(is_spaces(token) for token in spec.get("added_tokens") or ())
     cased = keys["tokenizer.ggml.pre"] in ("tekken", "gpt-4o")
     limits = [limit for limit, holds in ((NFC, "NFC" in str(spec.get("normalizer"))), (CASED, cased), (LITERAL, spaces)) if holds]
-    return Vocabulary(keys, ends, (*limits, *([strip_limit(spec)] if takes_spaces else [])), first, takes_spaces)
+    return Vocabulary(keys, ends, (*limits, *space_limits(spec, takes_spaces)), first, takes_spaces)
 
 
 def normalized_names(tokenizer: Any, spec: Mapping[str, Any]) -> dict[str, str]:

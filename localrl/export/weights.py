@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from localrl.export.families import LAYER, family_of, rope_factors, row_order
+from localrl.export.families import Family, family_of, head_width, row_order
+from localrl.export.rope import rope_tensors
 from localrl.settings import UserError
 
 BLOCK = 2**24
@@ -49,11 +50,12 @@ def causal_lm(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def check_lora(settings: Mapping[str, Any]) -> None:
+def check_lora(settings: Mapping[str, Any], family: Family) -> None:
     """UserError for adapter settings that a GGUF cannot express. Keys as PEFT's LoraConfig names them; missing ones are PEFT's defaults.
 
-    >>> check_lora({"r": 16, "lora_alpha": 32, "target_modules": ["q_proj"]})
-    >>> check_lora({"use_dora": True})
+    >>> from localrl.export.families import FAMILIES
+    >>> check_lora({"r": 16, "lora_alpha": 32, "lora_dropout": 0.1, "target_modules": ["q_proj"]}, FAMILIES["llama"])
+    >>> check_lora({"use_dora": True}, FAMILIES["llama"])
     Traceback (most recent call last):
     localrl.settings.UserError: use_dora = True cannot be exported to GGUF, only False: set it before training
     """
@@ -61,7 +63,6 @@ def check_lora(settings: Mapping[str, Any]) -> None:
         "use_dora": False,
         "bias": "none",
         "lora_bias": False,
-        "lora_dropout": 0.0,
         "fan_in_fan_out": False,
         "use_qalora": False,
     }
@@ -72,7 +73,7 @@ def check_lora(settings: Mapping[str, Any]) -> None:
         if settings.get(key):
             raise UserError(f"{key} = {settings[key]} cannot be exported to GGUF, only LoRA on linear layers: leave it empty before training")
     targets = settings.get("target_modules") or ()
-    fitting = {path.split(".")[-1] for path in LAYER if path.endswith("_proj")}
+    fitting = family.projections
     if isinstance(targets, str):  # "all-linear" leaves the output layer alone, another string is a regular expression
         targets = [name for name in ("lm_head", "model.embed_tokens") if targets != "all-linear" and re.fullmatch(targets, name)]
     for target in targets:
@@ -137,6 +138,12 @@ def weight_reader(module: nn.Module, adapter: str | None) -> Reader:
     return read
 
 
+def norm_reader(module: Any, offset: float) -> Reader:
+    """Entries of a norm's weight in fp32, with what transformers adds to it whenever it computes."""
+    weight = module.weight.detach()
+    return (lambda rows: weight[rows.to(weight.device)].float() + offset) if offset else scaled(weight)
+
+
 def shape_of(module: nn.Module) -> tuple[int, ...]:
     """(out, in) of a linear layer or an embedding, (width,) of a norm; packed weights do not tell it themselves."""
     base: Any = stored(module)
@@ -146,12 +153,13 @@ def shape_of(module: nn.Module) -> tuple[int, ...]:
 
 
 def modules_of(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
-    """(GGUF name without suffix, key of LAYER or '', module) of everything that the file holds, in the file's order."""
+    """(GGUF name without suffix, key of the family's `layer` or '', module) of everything that the file holds, in the file's order."""
     lm = causal_lm(model)
     yield "token_embd", "", lm.model.embed_tokens
+    paths = family_of(lm.config).layer
     for i, layer in enumerate(lm.model.layers):
         known = dict(layer.named_modules())
-        for path, name in LAYER.items():
+        for path, name in paths.items():
             if path in known:
                 yield f"blk.{i}.{name}", path, known[path]
     yield "output_norm", "", lm.model.norm
@@ -167,7 +175,7 @@ def check_model(model: nn.Module, adapter: str | None) -> None:
     if adapter is not None and adapter not in configs:
         raise UserError(f"the model has no adapter '{adapter}' (it has: {', '.join(configs) or 'none'}): export what = 'base' instead")
     if adapter is not None:
-        check_lora(configs[adapter].to_dict())
+        check_lora(configs[adapter].to_dict(), family)
     taken: set[int] = set()
     for name, path, module in modules_of(model):
         base = stored(module)
@@ -184,14 +192,13 @@ def check_model(model: nn.Module, adapter: str | None) -> None:
 def model_sources(model: nn.Module, adapter: str | None) -> list[Source]:
     """Every tensor of a model file, with the adapter added to the weights (None: the base alone)."""
     config = causal_lm(model).config
-    found: list[Source] = []
-    factors = rope_factors(config)
-    if factors is not None:
-        found.append(Source("rope_freqs.weight", factors.shape, partial(scaled, torch.from_numpy(factors))))
+    family, factors = family_of(config), rope_tensors(config, head_width(config))
+    found = [Source(name, values.shape, partial(scaled, torch.from_numpy(values))) for name, values in factors.items()]
     for name, path, module in modules_of(model):
         shape = shape_of(module)
         order = row_order(config, path, shape[0])
-        found.append(Source(f"{name}.weight", shape, partial(weight_reader, module, adapter), order))
+        weight = partial(norm_reader, module, family.norm_offset) if name.endswith("norm") else partial(weight_reader, module, adapter)
+        found.append(Source(f"{name}.weight", shape, weight, order))
         bias = getattr(stored(module), "bias", None)
         if bias is not None:
             found.append(Source(f"{name}.bias", tuple(bias.shape), partial(scaled, bias.detach()), order))

@@ -30,6 +30,15 @@ ROUNDING = 2e-3
 """Nats: what half precision does to the log-probabilities of these models on average; a wrong weight, key or position does a hundred times that."""
 
 
+GEMMA = {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 8}
+OTHERS: dict[str, dict[str, Any]] = {                                # windows that a response passes several times
+    "gemma2": {**GEMMA, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    "gemma3_text": {**GEMMA, "num_hidden_layers": 6},
+    "phi3": {"pad_token_id": 0, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}},
+    "smollm3": {"pad_token_id": 0, "num_hidden_layers": 4},
+}
+
+
 def nobody(text: str) -> None:
     """Hears what is made."""
 
@@ -54,9 +63,11 @@ def gaps(model: Any, rollouts: list[Any], temperature: float = 1.0) -> torch.Ten
     return torch.cat([torch.tensor(r.logp) - logp_of(model, r, temperature) for r in rollouts])
 
 
-@pytest.mark.parametrize(("family", "quantization"), [("llama", "nf4"), ("qwen2", "nf4"), ("qwen3", "int8"), ("mistral", "none")])
+@pytest.mark.parametrize(("family", "quantization"), [
+    ("llama", "nf4"), ("qwen2", "nf4"), ("qwen3", "int8"), ("mistral", "none"), *((family, "nf4") for family in OTHERS),
+])  # fmt: skip
 def test_log_probabilities_are_the_policys_but_for_rounding(make_model: Make, open_engine: Any, family: str, quantization: str) -> None:
-    model, tokenizer = load(make_model(family), quantization)
+    model, tokenizer = load(make_model(family, **OTHERS.get(family, {})), quantization)
     before = fingerprint(model)
     exact = open_engine(model, tokenizer, "f32", temperature=0.7).generate(requests(), 3)
     rounded = open_engine(model, tokenizer, "q8_0").generate(requests(), 3)
@@ -74,10 +85,10 @@ def test_nearly_all_samples_are_those_of_the_torch_engine(make_model: Make, open
     assert sum(ours[name] == theirs[name] for name in ours) > 0.8 * len(ours)
 
 
-@pytest.mark.parametrize("kind", ["f16", "q8_0"])
-def test_a_rollout_does_not_depend_on_the_wave(make_model: Make, open_engine: Any, kind: str) -> None:
-    """Many ends, so that rows leave all the time and others move into their places."""
-    model, tokenizer = load(make_model("qwen3"))
+@pytest.mark.parametrize(("family", "kind"), [("qwen3", "f16"), ("qwen3", "q8_0"), ("gemma3_text", "f16"), ("phi3", "f16")])
+def test_a_rollout_does_not_depend_on_the_wave(make_model: Make, open_engine: Any, family: str, kind: str) -> None:
+    """Many ends, so that rows leave all the time and others move into their places, also those that look back no further than a window."""
+    model, tokenizer = load(make_model(family, **OTHERS.get(family, {})))
     model.generation_config.eos_token_id = list(range(0, 256, 20))
     sampler = open_engine(model, tokenizer, kind, max_completion_length=60)
     whole = sampler.generate(requests(4, 6), 1)
@@ -122,6 +133,17 @@ def test_past_what_llama_cpp_computes_it_says_so(make_model: Make, open_engine: 
     model, tokenizer = load(make_model("mistral", sliding_window=16))
     with pytest.raises(UserError, match=r"36 tokens.*up to 16.*engine=torch"):
         open_engine(model, tokenizer).generate(requests(1, 1), 0)
+
+
+def test_past_the_original_length_of_longrope_it_says_so(make_model: Make, open_engine: Any) -> None:
+    """The trainer takes the short factors as long as a sequence is short, llama.cpp as long as its room is."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [9.0] * 8, "original_max_position_embeddings": 256}
+    model, tokenizer = load(make_model("phi3", pad_token_id=0, max_position_embeddings=1024, original_max_position_embeddings=256, rope_parameters=rope))
+    sampler = open_engine(model, tokenizer, "f32", max_completion_length=12)
+    long = [Request(prompts(1, 244)[0], 0)]
+    assert gaps(model, sampler.generate(long, 0)).abs().mean() < ROUNDING
+    with pytest.raises(UserError, match=r"257 tokens.*up to 256.*engine=torch"):
+        sampler.generate([Request(prompts(1, 245)[0], 0)], 0)
 
 
 def disturb(model: Any, seed: int) -> None:
@@ -189,5 +211,5 @@ def test_q4_k_m_samples_nearby(make_model: Make, open_engine: Any) -> None:
 
 def test_a_model_that_has_no_graph_there_is_refused_in_a_sentence(make_model: Make) -> None:
     model, tokenizer = load(make_model("gemma3_text", head_dim=16), "none", adapter=False)
-    with pytest.raises(UserError, match="gemma3_text"):
+    with pytest.raises(UserError, match="query_pre_attn_scalar = 256"):
         LlamaEngine(model, tokenizer, sampling(), 0)

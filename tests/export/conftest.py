@@ -34,6 +34,10 @@ def live(make_model: Callable[..., Path]) -> LiveModel:
             "none": None,
         }[form]
         base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=quantization, device_map={"": "cpu"})
+        draw = torch.Generator().manual_seed(2)
+        for name, parameter in base.named_parameters():
+            if "norm" in name or name.endswith("bias"):  # else all ones and zeros, which hides what is forgotten
+                parameter.data.add_(0.2 * torch.randn(parameter.shape, generator=draw))
         settings = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"} | (lora or {})
         model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **settings), adapter_name="policy")
         torch.manual_seed(1)

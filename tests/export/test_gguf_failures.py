@@ -228,7 +228,6 @@ def test_an_older_export_survives_a_failing_one(live: Live, samples: Samples, tm
     [
         ({"use_dora": True}, "use_dora"),
         ({"bias": "all"}, "bias"),
-        ({"lora_dropout": 0.1}, "lora_dropout"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"target_modules": ["q_proj", "lm_head"]}, "lm_head"),
         ({"target_modules": ".*(lm_head|q_proj)"}, "lm_head"),
@@ -243,7 +242,7 @@ def test_adapters_that_no_gguf_can_hold_are_refused_before_training(lora: dict[s
 @pytest.mark.parametrize(
     ("family", "changes", "word"),
     [
-        ("gemma2", {}, "gemma2"),
+        ("gemma2", {"attn_logit_softcapping": None}, "attn_logit_softcapping"),
         ("llama", {"hidden_act": "gelu"}, "gelu"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "dynamic"),
         ("qwen3", {"attention_bias": True}, "attention_bias"),

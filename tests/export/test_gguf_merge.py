@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -38,12 +39,13 @@ def held_out(tokenizer: Any, worth: Sequence[float]) -> HeldOut:
     return HeldOut(live, numbers, 1.0, (), ("r",), (1.0,), score, lambda rows: ["x"] * len(rows), lambda text: None)
 
 
-@pytest.mark.parametrize("form", ["nf4", "int8"])
-def test_the_original_merge_is_that_of_an_unquantised_model(form: str, live: Live, make_model: Callable[..., Path]) -> None:
-    quantised, _ = live("llama", form, tie_word_embeddings=True)
-    plain, _ = live("llama", "none", tie_word_embeddings=True)
+@pytest.mark.parametrize(("family", "form"), [("llama", "nf4"), ("llama", "int8"), ("phi3", "nf4"), ("gemma3_text", "nf4")])
+def test_the_original_merge_is_that_of_an_unquantised_model(family: str, form: str, live: Live, make_model: Callable[..., Path]) -> None:
+    config = {"tie_word_embeddings": True, "pad_token_id": 0} | ({"query_pre_attn_scalar": 16, "head_dim": 16} if family == "gemma3_text" else {})
+    quantised, _ = live(family, form, **config)
+    plain, _ = live(family, "none", **config)
     set_peft_model_state_dict(plain, get_peft_model_state_dict(quantised, adapter_name="policy"), adapter_name="policy")
-    original = Original.of(make_model("llama", tie_word_embeddings=True))
+    original = Original.of(make_model(family, **config))
     assert any_quantised(quantised) and not any_quantised(plain)
     ours, wanted = (
         [torch.cat(list(s.blocks())) for s in sources] for sources in (merged_sources(quantised, "policy", original), model_sources(plain, "policy"))
@@ -103,6 +105,27 @@ def test_without_rewards_or_the_original_weights_one_is_built_or_nothing(
     with pytest.raises(UserError, match="original"):
         export_all(model, tokenizer, tmp_path / "x", what="merged", dtypes=["f32"], samples=samples(tokenizer), merge="original")
     assert not (tmp_path / "x").exists()
+
+
+def test_of_several_files_those_that_the_index_names_are_read(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    weights = load_file(make_model("llama") / "model.safetensors")
+    names = sorted(weights)
+    shards = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for file, kept in shards.items():
+        save_file({name: weights[name] for name in kept}, tmp_path / file)
+    save_file({name: torch.zeros_like(value) for name, value in weights.items()}, tmp_path / "consolidated.safetensors")  # as some models bring one
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {name: file for file, kept in shards.items() for name in kept}}))
+    original, rows = Original.of(tmp_path), torch.arange(3)
+    assert set(original.files) == set(names)
+    for module in ("model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"):
+        assert torch.equal(original(module)(rows), weights[f"{module}.weight"][:3])
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(UserError, match=r"model-00002-of-00002\.safetensors is missing, which model\.safetensors\.index\.json names"):
+        Original.of(tmp_path)
+    index.write_text("{}")
+    with pytest.raises(UserError, match="is no index"):
+        Original.of(tmp_path)
 
 
 def test_checkpoints_that_hold_no_original_weights_are_refused(make_model: Callable[..., Path], tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import llama_cpp
 from gguf import GGUFWriter
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import GemmaTokenizer, PreTrainedTokenizerFast
 
 from localrl.export.added import model_name
 from localrl.export.tokenizer import Vocabulary
@@ -148,7 +148,37 @@ def sentencepiece(
     return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>", chat_template=template)
 
 
-GEMMA = (*(AddedToken(text, special=False, normalized=False) for text in ("\n\n", "\n\n\n", "▁▁", "▁▁▁", "<h1>", "<unused1>")),)
+def gemma() -> GemmaTokenizer:
+    """As transformers builds Gemma's: runs of spaces and of lines are tokens, which SentencePiece merges first, and which are added once more."""
+    vocabulary, trained = spaced_merges(False)
+    runs = [sign * count for sign in ("\n", "▁") for count in range(2, 32)]
+    names = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<start_of_turn>", "<end_of_turn>", *runs, "<table>", *(f"<0x{i:02X}>" for i in range(256))]
+    learned = [name for name in [*vocabulary, "\n"] if name not in {*names, "<s>", "</s>"}]
+    merges = [(run[:i], run[i:]) for run in runs for i in range(1, len(run))]
+    every = {name: i for i, name in enumerate([*names, *dict.fromkeys(learned)])}
+    pairs = every_pair(every, [merge for merge in trained if "".join(merge) not in runs])
+    tokenizer = GemmaTokenizer(vocab=every, merges=merges + pairs)
+    tokenizer.add_tokens([AddedToken(name, special=False, normalized=False) for name in [*runs, "<table>"]])
+    tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in ("<start_of_turn>", "<end_of_turn>")])
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ m['role'] }}\n{{ m['content'] | trim }}<end_of_turn>\n{% endfor %}"
+        "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+    )
+    return tokenizer
+
+
+def phi4() -> PreTrainedTokenizerFast:
+    """Special tokens take the spaces on both sides, which llama.cpp does for none of them."""
+    tokenizer = byte_level(split(CL100K), bos=True)
+    marks = [AddedToken(name, special=True, normalized=False, lstrip=True, rstrip=True) for name in ("<|im_start|>", "<|im_sep|>", "<|im_end|>")]
+    tokenizer.add_tokens(marks, special_tokens=True)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}<|im_sep|>{{ m['content'] }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant<|im_sep|>{% endif %}"
+    )
+    return tokenizer
+
+
 SMOLLM = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), GPT2])
 KINDS: dict[str, tuple[str, Callable[[], PreTrainedTokenizerFast]]] = {
     "gpt2": ("gpt-2", lambda: byte_level(GPT2)),
@@ -156,13 +186,13 @@ KINDS: dict[str, tuple[str, Callable[[], PreTrainedTokenizerFast]]] = {
     "qwen2": ("qwen2", lambda: byte_level(split(QWEN2), normalizer=normalizers.NFC())),
     "qwen3.5": ("qwen35", lambda: byte_level(split(QWEN35))),
     "llama3": ("llama-bpe", lambda: byte_level(split(LLAMA3), ignore_merges=True, bos=True)),
-    "phi4": ("dbrx", lambda: byte_level(split(CL100K), bos=True)),
+    "phi4": ("dbrx", phi4),
     "tekken": ("tekken", lambda: byte_level(split(TEKKEN), ignore_merges=True)),
     "gpt4o": ("gpt-4o", lambda: byte_level(split(GPT4O))),
     "llama2": ("default", lambda: sentencepiece(converted=True)),
     "llama2-trained": ("default", sentencepiece),
     "mistral": ("default", lambda: sentencepiece("first", converted=True)),
-    "gemma": ("default", lambda: sentencepiece("gemma", converted=True, added=GEMMA)),
+    "gemma": ("default", gemma),
     "phi3": ("default", lambda: sentencepiece(converted=True, rstrip=True)),
 }
 """Kind -> (the name of its pre-tokenizer in the file, how to make one)."""

@@ -146,6 +146,7 @@ class Context:
         settings.n_outputs_max = rows
         settings.n_threads = settings.n_threads_batch = threads
         settings.kv_unified = False                                  # a store of its own for each sequence: no row reads past others' cells
+        settings.swa_full = True                                     # layers with a window keep all: a sequence's copy is whole at any time
         if eight_bit:
             settings.type_k = settings.type_v = self.lib.GGML_TYPE_Q8_0
         self._context = self.lib.llama_init_from_model(weights.model, settings)

@@ -17,7 +17,7 @@ from localrl.engines.llama.backend import Llama
 from localrl.engines.llama.base import base_file
 from localrl.engines.llama.binding import MOST_ROWS, Context, Weights
 from localrl.engines.llama.threads import quickest
-from localrl.export.families import context_length, family_of
+from localrl.export.families import family_of, same_length
 from localrl.export.weights import adapter_sources, causal_lm
 from localrl.export.writer import DType, write
 from localrl.oom import silent
@@ -73,7 +73,7 @@ class LlamaEngine(Waves):
 
     def open(self, longest: int, stack: ExitStack) -> Backend:
         """A backend until the stack is closed; meanwhile torch has one thread, because both would spin against each other."""
-        limit = context_length(causal_lm(self.model).config)
+        limit = same_length(causal_lm(self.model).config)
         if longest > limit:
             raise UserError(f"prompt and response together are {longest} tokens, and llama.cpp computes this model up to {limit}: take rollout.engine=torch")
         if self._version < 0:
