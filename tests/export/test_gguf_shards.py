@@ -64,7 +64,10 @@ def test_parts_are_llama_cpps_and_hold_every_byte(live: Live, samples: Samples, 
     assert read_report(done.path) == done.report
     assert json.loads(readers[0].fields["localrl.checks"].contents())["checks"]["parts"] == "ok"
     assert probe(done.path) == 512
-    assert [e.path for e in exported(tmp_path / "run")] == [done.path]
+    killed = tmp_path / "run" / "export" / f"{NAME}.gguf.parts"
+    killed.mkdir()
+    (killed / done.path.name).write_bytes(b"GGUF, half of one")
+    assert [e.path for e in exported(tmp_path / "run")] == [done.path], "and nothing of an export that was killed"
     assert find(tmp_path / "run" / "export" / done.path.name).model == done.path
 
 
