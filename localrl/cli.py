@@ -169,11 +169,17 @@ def evaluate(
 def export(
     path: RunPath,
     what: Annotated[str, typer.Option("--what", help="merged (one file), adapter (a small file, with its base), or base.")] = "merged",
-    types: Annotated[str, typer.Option("--type", help="f32, f16, q8_0, q6_k, q5_k_m, q4_k_m, ...; several with commas: q8_0,q4_k_m.")] = "f16",
+    types: Annotated[str, typer.Option("--type", help="f32, f16, bf16, q8_0, q6_k, q5_k_m, q4_k_m, ...; several with commas: q8_0,q4_k_m.")] = "f16",
     merge: Annotated[
         str, typer.Option("--merge", help="Into the de-quantised weights that were trained on, or the original ones. auto: whichever keeps more of the reward.")
     ] = "auto",
     out: Annotated[Path | None, typer.Option("--out", help="Folder; by default export/ in the run folder.")] = None,
+    shard_size: Annotated[
+        str | None, typer.Option("--shard-size", help="A larger model comes in parts: 2GiB, 500MiB; by default export.shard_size.", show_default=False)
+    ] = None,
+    converter: Annotated[
+        Path | None, typer.Option("--converter", help="llama.cpp's convert_hf_to_gguf.py, for models this cannot write; by default $LLAMA_CPP_DIR for those.")
+    ] = None,
 ) -> None:
     """Write GGUF for llama.cpp, load it back there, and compare it with the trained model, rewards included, before saying done.
 
@@ -187,7 +193,8 @@ def export(
     from localrl.outcome import export_files
 
     with Work(console) as display:
-        files = export_files(path, display, what=what, dtypes=[t.strip() for t in types.split(",")], merge=merge, out=out)
+        dtypes = [name.strip() for name in types.split(",")]
+        files = export_files(path, display, what=what, dtypes=dtypes, merge=merge, out=out, shard_size=shard_size, converter=converter)
     console.print(export_table(files))
     for note in files[0].report.notes:
         _say(note)

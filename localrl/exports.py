@@ -51,7 +51,7 @@ def exported(folder: Path) -> list[Exported]:
     found = []
     for path in sorted((folder / "export").rglob("*.gguf")):
         part = re.search(r"-(\d{5})-of-\d{5}$", path.stem)
-        if part and int(part[1]) > 1:
+        if (part and int(part[1]) > 1) or path.parent.suffix == ".parts":  # what a killed export left behind
             continue
         said = facts(path)
         kind: Kind = "adapter" if said.get("general.type") == "adapter" else "base" if _is_base(path) else "merged"

@@ -14,8 +14,9 @@ from localrl.engines.sampling import stream_keys, uniforms
 from localrl.engines.stops import end_tokens
 from localrl.engines.torch import TorchEngine
 from localrl.evaluate import EVAL_VERSION, Evaluation, evaluate
-from localrl.export import DType, Export, HeldOut, Merge, Original, Sample, What, export_all, require_llama_cpp
+from localrl.export import DType, Export, HeldOut, Merge, Original, Sample, What, check_exportable, export_all, require_llama_cpp, size_of
 from localrl.folder import find_checkpoint, read_run, verify_checkpoint
+from localrl.planning import model_config
 from localrl.policy.adapters import using
 from localrl.policy.place import model_path
 from localrl.policy.policy import Policy
@@ -75,18 +76,24 @@ def export_run(path: Path, display: Display, *, what: str, dtype: str, out: Path
 
 
 def export_files(
-    path: Path, display: Display, *, what: str = "merged", dtypes: Sequence[str] = ("f16",), merge: str = "auto", out: Path | None = None
+    path: Path, display: Display, *, what: str = "merged", dtypes: Sequence[str] = ("f16",), merge: str = "auto", out: Path | None = None,
+    shard_size: str | None = None, converter: Path | None = None,
 ) -> list[Export]:
     """GGUFs of the trained policy, a file each type, compared with it by llama.cpp before this returns: tokens, logits, and the run's own rewards.
 
-    UserError for a file that does not say what the policy says; it is put aside as `.failed`.
+    `shard_size`: above which a model comes in parts; `converter`: llama.cpp's own; None: as the run's `export` says. UserError for a file that does not say
+    what the policy says; it is put aside as `.failed`.
     """
     for name, given, known in (("what", [what], get_args(What)), ("type", dtypes, get_args(DType)), ("merge", [merge], get_args(Merge))):
         if strange := [value for value in given if value not in known]:
             raise UserError(f"--{name} {strange[0]}: one of {', '.join(known)}")
     if merge == "original" and what != "merged":
         raise UserError(f"--merge original goes with --what merged only: of --what {what} nothing is merged")
+    if shard_size is not None:
+        size_of(shard_size)
     require_llama_cpp()
+    if converter is not None:  # before minutes of loading and sampling
+        check_exportable(model_config(read_run(find_checkpoint(path)[0])), {}, converter=converter)
     trained = load_trained(path, display)
     run, data = trained.prepared.run, trained.prepared.data
     original = _original(trained, what, merge, display)
@@ -98,6 +105,7 @@ def export_files(
             what=cast(What, what), dtypes=[cast(DType, dtype) for dtype in dtypes], name=run.name, samples=samples,
             metadata=provenance(run, trained.folder, trained.checkpoint, data.eval), stop_ids=_stop_ids(trained),
             progress=_Announced(display), held_out=held_out, merge=cast(Merge, merge), original=original,
+            shard_size=shard_size or run.export.shard_size, converter=converter or (Path(run.export.converter) if run.export.converter else None),
         )  # fmt: skip
 
 
@@ -152,6 +160,11 @@ def _stop_ids(trained: Trained) -> list[int]:
     return sorted(end_tokens(trained.policy.model, trained.policy.tokenizer, trained.prepared.run.rollout.stop))
 
 
+PHASES = {
+    "self-check": "self-check by llama.cpp", "quantising": "quantising", "splitting": "splitting into parts", "converting": "llama.cpp's converter",
+}  # fmt: skip
+
+
 class _Announced:
     """The exporter's progress as a person sees it: phases, and MiB or tensors within them."""
 
@@ -159,11 +172,11 @@ class _Announced:
         self.display, self.phase = display, ""
 
     def __call__(self, done: int, total: int, name: str) -> None:
-        phase = {"self-check": "self-check by llama.cpp", "quantising": "quantising"}.get(name, "writing")
+        phase = PHASES.get(name, "writing")
         if phase != self.phase:
             self.display.phase(phase)
         self.phase = phase
-        if phase == "writing":
+        if phase in ("writing", "splitting into parts"):
             self.display.part(-(-done // 2**20), -(-total // 2**20))
         elif total > 1:
             self.display.part(done, total)

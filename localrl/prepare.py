@@ -85,7 +85,8 @@ def foresee_export(run: Run, tokenizer: Any, say: Callable[[str], None]) -> None
     if run.export.gguf == "off":
         return
     try:
-        check_exportable(model_config(run), {"target_modules": run.adapter.lora_target_modules}, tokenizer)
+        check_exportable(model_config(run), {"target_modules": run.adapter.lora_target_modules}, tokenizer,
+                         converter=Path(run.export.converter) if run.export.converter else None)
         if run.export.gguf == "required":
             require_llama_cpp()
     except UserError as error:

@@ -201,6 +201,10 @@ class ExportSettings(Settings):
     """Whether the result is meant for llama.cpp. auto: what no GGUF can hold is said before training; required: such a run is refused; off: nobody asks."""
     prompts: int = Field(64, ge=0)
     """Most held-out prompts on which a file's rewards are compared with the trained model's. 0: rewards are not compared."""
+    shard_size: str = "48GB"
+    """A model file above this size comes in parts, name-00001-of-0000N.gguf, of which llama.cpp is given the first: "2GiB", "500MiB"."""
+    converter: str | None = None
+    """llama.cpp's own converter, for models that this package cannot write: path of convert_hf_to_gguf.py, or of llama.cpp's sources. Unset: $LLAMA_CPP_DIR."""
 
 
 class LogSettings(Settings):

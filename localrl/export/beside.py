@@ -19,8 +19,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from localrl.export.ollama import Messages, modelfile, recognise
 from localrl.export.report import CheckReport, Interval, RewardChange, Row
+from localrl.export.shards import whole_name
 from localrl.folder import write_whole
 
+MERGE = "# Ollama reads no model in parts. First: llama-gguf-split --merge {part} {whole}\n"
 MOST_CONTEXT = 8192
 """Tokens of context in the commands; a model that was trained for more can have more."""
 
@@ -80,11 +82,13 @@ def write_beside(path: Path, base: Path | None) -> None:
     """The Modelfile of a file that passed, and the folder's README anew. `base`: for an adapter, the model's GGUF that it goes on."""
     told = Told.of(base or path)
     relative = path.name if base is None else os.path.relpath(base, path.parent)
+    whole = whole_name(relative)
     text = modelfile(
-        relative, None if base is None else path.name, recognise(told.render, told.bos) if told.template else None, adds_bos=told.adds_bos, ends=told.ends,
+        whole, None if base is None else path.name, recognise(told.render, told.bos) if told.template else None, adds_bos=told.adds_bos, ends=told.ends,
         parameters={"temperature": f"{told.temperature:g}", "num_ctx": str(told.context)}, licence=told.licence,
     )  # fmt: skip
-    write_whole(path.with_suffix(".Modelfile"), text)
+    merged = MERGE.format(part=relative, whole=whole) if whole != relative else ""
+    write_whole(path.with_name(whole_name(path.name)).with_suffix(".Modelfile"), merged + text)
     write_whole(path.parent / "README.md", readme(path.parent, path, relative if base else None, told))
 
 
@@ -113,7 +117,7 @@ def readme(folder: Path, newest: Path, base: str | None, told: Told) -> str:
 
 def usage(name: str, base: str | None, told: Told) -> str:
     """Commands and a Python snippet for one file; they are run in its folder."""
-    stem, model, lora = name.removesuffix(".gguf"), base or name, f" --lora {name}" if base else ""
+    stem, model, lora = whole_name(name).removesuffix(".gguf"), base or name, f" --lora {name}" if base else ""
     sampling = f"--temp {told.temperature:g} --top-k 0 --top-p 1 --min-p 0"
     on_top = f', lora_path="{name}"' if base else ""
     if told.template:
@@ -125,6 +129,7 @@ def usage(name: str, base: str | None, told: Told) -> str:
         "```sh",
         f"llama-cli -m {model}{lora} -c {told.context} {sampling}",
         f"llama-server -m {model}{lora} -c {told.context} {sampling}",
+        *([f"llama-gguf-split --merge {model} {whole_name(model)}  # Ollama reads no model in parts"] if whole_name(model) != model else []),
         f"ollama create {stem} -f {stem}.Modelfile && ollama run {stem}",
         "```",
         "",
@@ -152,7 +157,9 @@ def adapter_base(path: Path) -> str | None:
     beside = path.with_suffix(".Modelfile")
     lines = beside.read_text("utf-8").splitlines() if beside.exists() else []
     if any(line.startswith("ADAPTER ") for line in lines):
-        return next(line.removeprefix("FROM ./") for line in lines if line.startswith("FROM "))
+        named = next(line.removeprefix("FROM ./") for line in lines if line.startswith("FROM "))
+        first = sorted(path.parent.glob(named.removesuffix(".gguf") + "-00001-of-*.gguf"))
+        return os.path.relpath(first[-1], path.parent) if first and not (path.parent / named).exists() else named
     return None
 
 

@@ -46,12 +46,12 @@ SMALL = 2**28
 
 MAX_ABS = 1e-4
 """Of an F32 file, times the largest logit if that is above 1."""
-USUAL_KL: Mapping[str, float] = {"f32": 1e-7, "f16": 1e-5, "q8_0": 1e-3, "q6_k": 5e-3, "q5_k_m": 1e-2, "q4_0": 5e-2, "q3_k_m": 1e-1}
+USUAL_KL: Mapping[str, float] = {"f32": 1e-7, "f16": 1e-5, "bf16": 1e-4, "q8_0": 1e-3, "q6_k": 5e-3, "q5_k_m": 1e-2, "q4_0": 5e-2, "q3_k_m": 1e-1}
 """Mean KL, nats, of files that are as they should be."""
 USUAL_KL_ELSE = 3e-2
 REFUSED = 10.0
 """Times what is usual, and the file is refused. An F32 file is refused at once."""
-UNDECIDED: Mapping[str, float] = {"f32": 1e-3, "f16": 5e-2}
+UNDECIDED: Mapping[str, float] = {"f32": 1e-3, "f16": 5e-2, "bf16": 2e-1}
 """Lead in nats under which greedy text may part; other types are not asked."""
 COARSE: Mapping[str, float] = {"gemma": 50.0, "gemma2": 50.0, "gemma3": 50.0}
 """Architectures that llama.cpp computes less exactly than fp32 (GELU from a table in F16), and by how much the strict limits are wider for them."""
@@ -71,6 +71,7 @@ def run(file: Path, adapter: Path | None, expected: Expected) -> tuple[dict[str,
         "threads": threads_for(file),
         "texts": expected.texts,
         "pieces": expected.pieces,
+        "space_in_front": expected.space_in_front,
         "dialogues": expected.dialogues,
         "sequences": [{"tokens": a.tokens, "keep": len(a.logits)} for a in expected.asked],
         "prompts": expected.prompts,

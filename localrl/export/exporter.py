@@ -16,35 +16,45 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
+from localrl.export.added import model_name
 from localrl.export.check import Agree, check, looseness, sha256
-from localrl.export.expected import Expected, expect
+from localrl.export.checkpoint import check_mergeable
+from localrl.export.converted import converted, looseness_of, parameters_of, read_back, told, with_keys
+from localrl.export.converter import Converter, converter_for
+from localrl.export.expected import Expected, expect, few
 from localrl.export.families import Value, family_of, head_width, hyperparameters
-from localrl.export.heldout import Graded, HeldOut, compare_totals, grade
+from localrl.export.heldout import HeldOut, grade
+from localrl.export.made import MERGED, PROVEN, Made, better, loads
 from localrl.export.metadata import general_keys, generation_ends, own_keys
 from localrl.export.original import Original, any_quantised, merged_sources
+from localrl.export.parents import ordered, parent_type, size
 from localrl.export.quantize import quantize
 from localrl.export.reference import Parting, Sample, partings, reference
 from localrl.export.report import CheckReport, Row
 from localrl.export.settle import CHECKS, ROOM, Export, scratch, settle
+from localrl.export.shards import parts_row, scratch_folder, size_of, split
 from localrl.export.tensors import Weights, against_model, against_parent, fallbacks, keys_of, keys_row
-from localrl.export.tokenizer import Vocabulary, named, read_vocabulary
+from localrl.export.tokenizer import Vocabulary, read_vocabulary
 from localrl.export.weights import Source, adapter_sources, causal_lm, check_lora, check_model, shape_of
 from localrl.export.writer import F16_MAX, FILE_TYPES, DType, Progress, write
 from localrl.settings import INSTALL_LLAMA_CPP, UserError
 
 What = Literal["merged", "adapter", "base"]
 Merge = Literal["auto", "dequantized", "original"]
-LARGE = 2**31
-"""Parameters above which the parent is F16: in F32 it would take more than 8 GiB of the disk."""
+SHARD_SIZE = "48GB"
+"""Above which a file comes in parts: the hub takes none of 50."""
 
 
-def check_exportable(config: Any, lora: Mapping[str, Any], tokenizer: Any | None = None, stop_ids: Sequence[int] = ()) -> None:
+def check_exportable(
+    config: Any, lora: Mapping[str, Any], tokenizer: Any | None = None, stop_ids: Sequence[int] = (), converter: Path | None = None
+) -> None:
     """UserError if a model of this configuration, trained with this adapter, could not be exported. Ask before training.
 
     `config`: transformers' model configuration. `lora`: keys as in PEFT's LoraConfig, missing ones are its defaults. `tokenizer`: live, or
-    None to leave it out. `stop_ids`: what ends a reply, beside the tokenizer's eos.
+    None to leave it out. `stop_ids`: what ends a reply, beside the tokenizer's eos. `converter`: llama.cpp's own, by its path.
     """
-    check_lora(lora, family_of(config))
+    if converter_for(config, converter) is None:
+        check_lora(lora, family_of(config))
     if tokenizer is not None:
         read_vocabulary(tokenizer, int(config.vocab_size), stop_ids)
 
@@ -94,6 +104,8 @@ def export_all(
     held_out: HeldOut | None = None,
     merge: Merge = "dequantized",
     original: Original | None = None,
+    shard_size: str = SHARD_SIZE,
+    converter: Path | None = None,
 ) -> list[Export]:
     """Write GGUFs of the live model and return once llama.cpp has been seen to agree with it; the model is only read.
 
@@ -103,7 +115,8 @@ def export_all(
     `metadata`: written as `localrl.<key>`, or as it stands if it begins with `general.`. `stop_ids`: what ends a reply; None: the generation
     config's and the tokenizer's. `progress`: called with bytes done, bytes in all and a tensor's name, before every check with "self-check".
     `held_out`: the live model's answers whose rewards a file has to keep. `merge`: into the weights that were trained on (de-quantised), or into
-    the `original` ones; auto: whichever keeps more of the reward, de-quantised where that cannot be told.
+    the `original` ones; auto: whichever keeps more of the reward, de-quantised where that cannot be told. `shard_size`: a model file that is larger
+    comes in parts, see `shards.py`. `converter`: llama.cpp's own, by its path, see `converter.py`.
 
     UserError if the model cannot be expressed, or a file does not say what the model says: it is then kept as `<file>.failed`. Files that were
     complete before that stay.
@@ -111,33 +124,21 @@ def export_all(
     for label, values, known in (("what", [what], get_args(What)), ("dtype", dtypes, get_args(DType)), ("merge", [merge], get_args(Merge))):
         if strange := [value for value in values if value not in known]:
             raise UserError(f"{label} = '{strange[0]}' is not offered, only {', '.join(known)}")
+    most_bytes = size_of(shard_size)
     require_llama_cpp()
-    check_model(model, None if what == "base" else adapter)
-    job = Job(model, tokenizer, out_dir, name, samples, metadata or {}, stop_ids, progress, held_out, original)
+    merged_in = None if what == "base" else adapter
+    if (script := converter_for(causal_lm(model).config, converter)) is None:
+        check_model(model, merged_in)
+    elif what == "adapter" or merge == "original":
+        instead = "what = 'merged'" if what == "adapter" else "merge = 'auto'"
+        raise UserError(f"llama.cpp's converter makes whole models, of the weights that were trained on: {instead}")
+    else:
+        check_mergeable(model, merged_in)
+    job = Job(model, tokenizer, out_dir, name, samples, metadata or {}, stop_ids, progress, held_out, original, most_bytes, script)
     with job.folder():
         if what == "adapter":
             return job.adapters(adapter, list(dict.fromkeys(dtypes)), base)
-        return job.models(what, None if what == "base" else adapter, list(dict.fromkeys(dtypes)), merge)
-
-
-@dataclass(frozen=True)
-class Made:
-    """A file that is written and has been looked at, still under its temporary name."""
-
-    file: Path
-    dtype: DType
-    rows: tuple[Row, ...]
-    figures: Mapping[str, float]
-    weights: Weights
-    expected: Expected
-    agree: Agree
-    graded: Graded | None = None
-    notes: tuple[str, ...] = ()
-
-    @property
-    def passed(self) -> bool:
-        """Whether everything was as it must be."""
-        return all(row.passed for row in self.rows)
+        return job.models(what, merged_in, list(dict.fromkeys(dtypes)), merge)
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,8 @@ class Job:
     progress: Progress | None
     held_out: HeldOut | None
     original: Original | None
+    most_bytes: int = size_of(SHARD_SIZE)
+    converter: Converter | None = None
     start: float = field(default_factory=perf_counter)
 
     @property
@@ -165,6 +168,11 @@ class Job:
     def rows(self) -> int:
         """Of the embedding."""
         return int(shape_of(causal_lm(self.model).model.embed_tokens)[0])
+
+    @property
+    def looseness(self) -> float:
+        """By how much the strict limits are wider for this model."""
+        return looseness_of(self.config) if self.converter else looseness(family_of(self.config).arch)
 
     @contextmanager
     def folder(self) -> Iterator[None]:
@@ -191,6 +199,8 @@ class Job:
 
     def parent(self, stack: ExitStack, what: str, adapter: str | None, dtypes: Sequence[DType], merge: Merge) -> Made:
         """The file that all others are made from, proven. Of two ways to merge, the one that keeps more of the reward."""
+        if self.converter is not None:
+            return self.converted(stack, self.converter, what, adapter, dtypes)
         if adapter is None or not any_quantised(self.model):
             return self.first(stack, what, adapter, dtypes, None, "only")
         if merge == "original" and self.original is None:
@@ -211,10 +221,9 @@ class Job:
     def first(self, stack: ExitStack, what: str, adapter: str | None, dtypes: Sequence[DType], original: Original | None, merge: str) -> Made:
         """A parent, written and compared strictly. One that fails is put aside, and that is the end of it."""
         sources = merged_sources(self.model, adapter, original)
-        dtype: DType = "f32" if sum(size(s) for s in sources) <= LARGE or "f32" in dtypes else "f16"
+        dtype = parent_type(sum(size(s) for s in sources), dtypes)
         vocabulary = self.vocabulary()
-        keys = self.keys("model", dtype, sources) | hyperparameters(self.config, self.rows) | dict(vocabulary.keys)
-        keys["general.name"] = named(self.name, vocabulary)
+        keys = self.keys("model", dtype, sum(map(size, sources)), vocabulary) | hyperparameters(self.config, self.rows)
         if adapter is not None:
             keys["localrl.merge"] = merge
         file = stack.enter_context(scratch(self.path(what, dtype)))
@@ -223,6 +232,26 @@ class Job:
         made = replace(made, notes=(MERGED[merge],) if adapter is not None else ())
         if not made.passed:
             self.settle(made, what, self.path(what, dtype))
+        return made
+
+    def converted(self, stack: ExitStack, converter: Converter, what: str, adapter: str | None, dtypes: Sequence[DType]) -> Made:
+        """The parent as llama.cpp's own converter writes it, with this package's keys and vocabulary, compared strictly like any other."""
+        dtype = parent_type(sum(p.numel() for p in causal_lm(self.model).parameters()), dtypes)
+        vocabulary, path = self.vocabulary(), self.path(what, dtype)
+        expected = expect(self.model, self.tokenizer, adapter, vocabulary, self.samples, self.rows, None)
+        raw, file = (stack.enter_context(scratch(p)) for p in (path.with_name(path.name + ".converted"), path))
+        self.say("converting")
+        hashes = converted(converter, self.model, self.tokenizer, adapter, dtype, raw)
+        keys = self.keys("model", dtype, parameters_of(raw), vocabulary) | ({"localrl.merge": "dequantized"} if adapter else {})
+        with_keys(raw, file, keys)
+        raw.unlink()
+        self.say("self-check")
+        rows, figures = check(file, None, expected, agree := judge_texts(self.model, adapter, None), dtype, self.looseness)
+        weights = read_back(file, hashes) if loads(rows) else Weights(Row("weights", False, "not read", "all"), {}, {})
+        written = (keys_row(file, keys),) if loads(rows) else ()
+        made = Made(file, dtype, (*rows, *written, weights.row), figures, weights, expected, agree, notes=(told(converter),))
+        if not made.passed:
+            self.settle(made, what, path)
         return made
 
     def child(self, what: str, adapter: str | None, parent: Made, dtype: DType) -> Export:
@@ -236,7 +265,7 @@ class Job:
                 raise UserError(f"the weight '{where}' reaches {largest:g}, beyond F16's {F16_MAX:g}: export with dtype = 'f32'")
             quantize(parent.file, file, dtype, self.progress)
             self.say("self-check")
-            rows, figures = check(file, None, parent.expected, parent.agree, dtype, looseness(family_of(self.config).arch))
+            rows, figures = check(file, None, parent.expected, parent.agree, dtype, self.looseness)
             weights = against_parent(file, parent.file) if loads(rows) else Weights(Row("weights", False, "not read", "all"), {}, {})
             source = replace(weights, source=parent.weights.source)
             proven = tuple(replace(row, name=f"{row.name}, {parent.dtype} parent") for row in parent.rows if row.name in PROVEN)
@@ -263,14 +292,15 @@ class Job:
         """The adapter on one base. `strict`: the base that it was made from, on which the adapter is compared first."""
         small: DType = "f32" if dtype == "f32" else "f16"
         path, sources = self.path("adapter", dtype), adapter_sources(self.model, adapter, balanced=small == "f16")
-        keys = self.keys("adapter", small, sources) | {"adapter.type": "lora", "adapter.lora.alpha": 0.0}  # PEFT's scaling lies in B; 0: times 1
+        keys = self.keys("adapter", small, sum(map(size, sources))) | {"adapter.type": "lora"}
+        keys["adapter.lora.alpha"] = 0.0  # PEFT's scaling lies in B; 0: times 1
         expected = expect(self.model, self.tokenizer, adapter, self.vocabulary(), self.samples, self.rows, None)
         agree = judge_texts(self.model, adapter, None)
         with scratch(path) as file:
             made = self.write(file, keys, sources, small, strict or base, expected, agree, limits=small if strict else dtype)
             if strict is not None and made.passed:
                 self.say("self-check")
-                rows, figures = check(base, file, expected, agree, dtype, looseness(family_of(self.config).arch))
+                rows, figures = check(base, file, expected, agree, dtype, self.looseness)
                 again = tuple(replace(row, name=f"{row.name}, {dtype} base") for row in rows if row.name in ("loads", "mean KL", "first choice"))
                 made = replace(made, rows=(*made.rows, *again), figures=figures)
             made = replace(made, dtype=dtype)
@@ -285,7 +315,7 @@ class Job:
         """A file of live weights, and what the check finds. `base`: for an adapter, what it is checked on. `limits`: of another type."""
         write(file, family_of(self.config).arch, keys, sources, dtype, self.progress)
         self.say("self-check")
-        rows, figures = check(base or file, file if base else None, expected, agree, limits or dtype, looseness(family_of(self.config).arch))
+        rows, figures = check(base or file, file if base else None, expected, agree, limits or dtype, self.looseness)
         weights = against_model(file, sources) if loads(rows) else Weights(Row("weights", False, "not read", "all"), {}, {})
         written = (keys_row(file, keys),) if loads(rows) else ()
         return Made(file, dtype, (*rows, *written, weights.row), figures, weights, expected, agree)
@@ -308,12 +338,24 @@ class Job:
             fallbacks=fallbacks(made.file, made.dtype) if what != "adapter" and loads(made.rows) else {},
             rewards=made.graded.rewards if made.graded else {}, notes=made.notes,
         )  # fmt: skip
-        return settle(made.file, path, report, base)
+        if what == "adapter" or not made.passed or report.bytes <= self.most_bytes:
+            return settle({made.file: path}, report, base)
+        with scratch_folder(path) as folder:
+            parts = split(made.file, path.name, folder, self.most_bytes, self.progress)
+            self.say("self-check")
+            rows, _ = check(parts[0], None, few(made.expected), made.agree, made.dtype, self.looseness)
+            seen = tuple(replace(row, name=f"{row.name}, in parts") for row in rows if row.name in ("loads", "tokens", "mean KL"))
+            same = (parts_row(made.file, parts, self.most_bytes),) if loads(rows) else ()
+            return settle({part: path.with_name(part.name) for part in parts}, replace(report, checks=(*report.checks, *seen, *same)))
 
-    def keys(self, kind: str, dtype: DType, sources: Sequence[Source]) -> dict[str, Value]:
-        """What the file says of itself."""
+    def keys(self, kind: str, dtype: DType, parameters: int, vocabulary: Vocabulary | None = None) -> dict[str, Value]:
+        """What the file says of itself, and its vocabulary."""
         own: dict[str, Value] = {"general.type": kind, "general.file_type": FILE_TYPES[dtype], "general.quantization_version": 2, CHECKS: " " * ROOM}
-        return general_keys(self.name, self.config, sum(size(s) for s in sources)) | own | own_keys(self.metadata)
+        keys = general_keys(self.name, self.config, parameters) | own | own_keys(self.metadata)
+        if vocabulary is not None:
+            keys |= vocabulary.keys
+            keys["general.name"] = model_name(str(keys["general.name"]), vocabulary.takes_spaces)
+        return keys
 
     def vocabulary(self) -> Vocabulary:
         """The tokenizer as GGUF has it."""
@@ -323,45 +365,6 @@ class Job:
         """Between two tensors."""
         if self.progress is not None:
             self.progress(1, 1, what)
-
-
-PROVEN = ("logits", "mean KL", "greedy text", "weights")
-"""What a file's report repeats of its parent's: that was compared strictly."""
-MERGED = {
-    "only": "The base is not quantised: there is only one way to merge.",
-    "dequantized": "Merged into the de-quantised weights, which are those that the adapter was trained on.",
-    "original": "Merged into the original weights, from before they were quantised for training.",
-}
-
-
-def better(ours: Made, theirs: Made) -> Made:
-    """De-quantised or original, by the rewards that they keep: the original only if it is certainly better."""
-    first, second = (made.graded.totals if made.graded else {} for made in (ours, theirs))
-    gain = compare_totals(first, second)
-    if gain is None:
-        return replace(ours, notes=(*ours.notes, "Chosen without comparing: too few prompts were answered."))
-    chosen = theirs if gain.mean - gain.half > 0 else ours
-    means = " against ".join(f"{sum(t.values()) / len(t):.3f}" for t in (first, second))
-    why = "the original is certainly better" if chosen is theirs else "the original is not certainly better"
-    return replace(chosen, notes=(*chosen.notes, f"Held-out reward of the two merges, de-quantised {means} original, difference {gain}: {why}."))
-
-
-def ordered(dtypes: Sequence[DType], parent: DType) -> list[DType]:
-    """The parent's own type last: it gets its name then, and is no longer a parent."""
-    return sorted(dtypes, key=lambda dtype: dtype == parent)
-
-
-def loads(rows: Sequence[Row]) -> bool:
-    """Whether llama.cpp could read the file at all."""
-    return any(row.name == "loads" and row.passed for row in rows)
-
-
-def size(source: Source) -> int:
-    """Entries of a tensor."""
-    count = 1
-    for n in source.shape:
-        count *= n
-    return count
 
 
 def cache_bytes(config: Any) -> int:

@@ -73,6 +73,8 @@ class CheckReport:
     """sha256 of every weight as the trained model holds it, in fp32 and in the file's order of rows."""
     rewards: Mapping[str, RewardChange] = field(default_factory=dict)
     """By name; `reward` is the weighted sum. Empty: they were not compared."""
+    parts: Mapping[str, str] = field(default_factory=dict)
+    """sha256 of each part by its name; empty: one file."""
     notes: tuple[str, ...] = ()
     """How this file came to be, as far as a reader should know."""
 
@@ -122,6 +124,9 @@ class CheckReport:
         if self.fallbacks:
             some = ", ".join(f"`{name}` {kind}" for name, kind in list(self.fallbacks.items())[:3])
             lines[-1] += f" {len(self.fallbacks)} of them are larger than asked, because their width is no multiple of the type's block: {some}, ..."
+        if self.parts:
+            lines += ["", f"In {len(self.parts)} parts, which stay in one folder under these names; programs are given the first:", ""]
+            lines += [f"- `{name}` sha256 `{digest}`" for name, digest in self.parts.items()]
         return "\n\n".join(["\n".join(lines), *self.notes]) + "\n"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +28,7 @@ class Export:
     """A file that passed."""
 
     path: Path
+    """Of a model in parts the first."""
     report: CheckReport
     report_path: Path
     base: Path | None = None
@@ -56,22 +57,31 @@ def fill(path: Path, text: str) -> None:
     reader.data.flush()
 
 
-def settle(temporary: Path, path: Path, report: CheckReport, base: Path | None = None) -> Export:
-    """A file that passed gets its name, another is put aside under `.failed`; what lies beside it is written with it. UserError for what failed."""
-    final = path if report.passed else path.with_name(path.name + ".failed")
-    if report.passed or any(row.name == "loads" and row.passed for row in report.checks):
-        fill(temporary, report.short())
-        report = replace(report, sha256=sha256(temporary))
-    report = replace(report, file=final.name)
+def settle(files: Mapping[Path, Path], report: CheckReport, base: Path | None = None) -> Export:
+    """A model that passed gets its names, another is put aside under `.failed`; what lies beside it is written with it. UserError for what failed.
+
+    `files`: where each part is -> what it is to be called; a file that is whole is one part.
+    """
+    path, first = next((to, at) for at, to in files.items())
+    aside = "" if report.passed else ".failed"
+    loaded = [row.passed for row in report.checks if row.name.split(",")[0] == "loads"]
+    if loaded and all(loaded):
+        fill(first, report.short())
+    files = {at: to for at, to in files.items() if at.exists()}  # a part may have gone, which is why it failed
+    hashes = {to.name + aside: sha256(at) for at, to in files.items()}
+    final = path.with_name(path.name + aside)
+    report = replace(report, file=final.name, sha256=hashes.get(final.name, ""), bytes=sum(at.stat().st_size for at in files))
+    report = replace(report, parts=hashes if len(files) > 1 else {})
     beside = final.with_name(final.name + ".check.json")
     with Interrupts() as interrupts:  # a file has its report, or is not there
         interrupts.hold()
         write_whole(beside, report.to_json())
-        temporary.replace(final)
+        for at, to in reversed(list(files.items())):  # the first last: without it there is no model
+            at.replace(to.with_name(to.name + aside))
         if report.passed:
-            path.with_name(path.name + ".failed").unlink(missing_ok=True)
-            for old in (f"{path.name}.failed.check.json", f"{path.name}.failed.check.md"):
-                path.with_name(old).unlink(missing_ok=True)
+            for to in files.values():
+                for old in (".failed", ".failed.check.json", ".failed.check.md"):
+                    to.with_name(to.name + old).unlink(missing_ok=True)
             write_beside(path, base)
         else:
             write_whole(final.with_name(final.name + ".check.md"), f"# {final.name}\n\n{report.to_markdown()}")

@@ -1,6 +1,6 @@
 """The weights within a file, read back from the disk and held against where they came from.
 
-An F32 or F16 file must hold the live model's weights to the last bit; a quantised one must lie within its type's rounding of the file that it
+An F32, F16 or BF16 file must hold the live model's weights to the last bit; a quantised one must lie within its type's rounding of the file that it
 was made from. What the live weights were is kept as a hash of each.
 """
 
@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from gguf import GGMLQuantizationType, GGUFReader, quants
 from numpy.typing import NDArray
 
 from localrl.export.report import Row
 from localrl.export.weights import Source
 
-EXACT: Mapping[str, type[Any]] = {"F32": np.float32, "F16": np.float16}
+EXACT = frozenset({"F32", "F16", "BF16"})
+"""Types that hold each number by itself, rounded."""
 ROUNDING: Mapping[str, float] = {
     "Q8_0": 0.006, "Q6_K": 0.06, "Q5_K": 0.08, "Q5_0": 0.08, "Q5_1": 0.08, "Q4_K": 0.15, "Q4_0": 0.15, "Q4_1": 0.15, "IQ4_NL": 0.2, "IQ4_XS": 0.2,
     "Q3_K": 0.35, "Q2_K": 0.6, "IQ3_S": 0.6,
@@ -46,7 +48,7 @@ class Weights:
 
 
 def against_model(file: Path, sources: Sequence[Source]) -> Weights:
-    """An F32 or F16 file against the live weights, to the last bit."""
+    """An F32, F16 or BF16 file against the live weights, to the last bit."""
     tensors = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
     wrong, hashes = sorted(set(tensors) ^ {source.name for source in sources}), {}
     largest = (0.0, "")
@@ -58,7 +60,7 @@ def against_model(file: Path, sources: Sequence[Source]) -> Weights:
             largest = max(largest, (float(np.abs(values).max(initial=0.0)), source.name))
             if tensor is not None:
                 held = np.asarray(tensor.data)[row : row + len(values)]
-                same = same and held.shape == values.shape and np.array_equal(held, values.astype(EXACT[tensor.tensor_type.name]))
+                same = same and np.array_equal(as_floats(held, tensor.tensor_type), rounded(values, tensor.tensor_type.name))
             row += len(values)
         hashes[source.name] = digest.hexdigest()
         if not same:
@@ -121,7 +123,7 @@ def compare(tensor: Any, before: Any) -> tuple[bool, float, float]:
         h = as_floats(held[start : start + rows], tensor.tensor_type)
         error, size = error + float(np.square(h - w, dtype=np.float64).sum()), size + float(np.square(w, dtype=np.float64).sum())
         if kind in EXACT:
-            fits = fits and np.array_equal(h, w.astype(EXACT[kind]).astype(np.float32))
+            fits = fits and np.array_equal(h, rounded(w, kind))
         else:
             assert origin in EXACT
             cells = (-1, 256 if width % 256 == 0 else 32)
@@ -136,7 +138,7 @@ def fallbacks(file: Path, dtype: str) -> dict[str, str]:
     (The K-quants' recipes give some matrices more bits than others. That is meant, and not counted.)
     """
     block = 256 if "_k" in dtype or dtype.endswith("_xs") else 32
-    if dtype in ("f32", "f16"):
+    if dtype.upper() in EXACT:
         return {}
     found = [t for t in GGUFReader(file).tensors if len(t.shape) > 1 and int(t.shape[0]) % block and t.tensor_type.name != "F32"]
     return {t.name: t.tensor_type.name for t in found}
@@ -144,8 +146,19 @@ def fallbacks(file: Path, dtype: str) -> dict[str, str]:
 
 def as_floats(data: NDArray[Any], kind: GGMLQuantizationType) -> NDArray[np.float32]:
     """Rows of a tensor of any type in float32."""
-    floats: NDArray[np.float32] = data.astype(np.float32) if kind.name in EXACT else quants.dequantize(data, kind)
+    floats: NDArray[np.float32] = data.astype(np.float32) if kind.name in ("F32", "F16") else quants.dequantize(data, kind)
     return floats
+
+
+def rounded(values: NDArray[np.float32], kind: str) -> NDArray[np.float32]:
+    """float32 as one of EXACT holds it: rounded to the nearest, by torch (not by what wrote the file), and back.
+
+    >>> rounded(np.array([1.00390625, 1.01171875], np.float32), "BF16")
+    array([1.      , 1.015625], dtype=float32)
+    """
+    there = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[kind]
+    back: NDArray[np.float32] = torch.from_numpy(np.array(values, np.float32)).to(there).float().numpy()
+    return back
 
 
 def kinds(tensors: Mapping[str, Any]) -> dict[str, str]:

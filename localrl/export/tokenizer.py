@@ -4,24 +4,27 @@ Read from `tokenizer.backend_tokenizer.to_str()`, the tokenizer that trained, ne
 from its class name, and may so replace its pre-tokenizer. The name `tokenizer.ggml.pre` is decided by structure (the regex itself), and the
 self-check then compares token ids; a name that is nearly right differs on a few texts in a hundred, silently.
 
+The two kinds: byte-level BPE here, SentencePiece-like BPE in `sentencepiece.py`; what holds for added tokens of both in `added.py`.
 Left out: WordPiece and Unigram vocabularies, which no supported family uses.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from gguf import TokenType
 
+from localrl.export.added import check_added, space_limits
 from localrl.export.families import Value
+from localrl.export.limits import CASED, LITERAL, NFC, Limit
+from localrl.export.sentencepiece import BYTES, sentencepiece_keys
+from localrl.export.steps import CONTRACTIONS, flatten, step_of
 from localrl.settings import UserError
 
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_WORDS, _MARKED = r"[^\r\n\p{L}\p{N}]?\p{L}+", r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _REST_SLASH = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -36,16 +39,14 @@ def _cased(suffix: str) -> str:
 PRE: Mapping[tuple[tuple[str, ...], bool], str] = {
     (("bytes with GPT-2's regex",), False): "gpt-2",
     (("digits", "bytes with GPT-2's regex"), False): "smollm",
-    ((_CONTRACTIONS + "|" + _WORDS + r"|\p{N}{1,3}" + _REST, "bytes"), True): "llama-bpe",
-    ((_CONTRACTIONS + "|" + _WORDS + r"|\p{N}{1,3}" + _REST, "bytes"), False): "dbrx",
-    ((_CONTRACTIONS + "|" + _WORDS + r"|\p{N}" + _REST, "bytes"), False): "qwen2",
+    ((CONTRACTIONS + "|" + _WORDS + r"|\p{N}{1,3}" + _REST, "bytes"), True): "llama-bpe",
+    ((CONTRACTIONS + "|" + _WORDS + r"|\p{N}{1,3}" + _REST, "bytes"), False): "dbrx",
+    ((CONTRACTIONS + "|" + _WORDS + r"|\p{N}" + _REST, "bytes"), False): "qwen2",
+    ((CONTRACTIONS + "|" + _MARKED + r"|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+", "bytes"), False): "qwen35",
     ((_cased("") + r"|\p{N}" + _REST_SLASH, "bytes"), True): "tekken",
-    ((_cased(_CONTRACTIONS + "?") + r"|\p{N}{1,3}" + _REST_SLASH, "bytes"), False): "gpt-4o",
+    ((_cased(CONTRACTIONS + "?") + r"|\p{N}{1,3}" + _REST_SLASH, "bytes"), False): "gpt-4o",
 }
 """(steps of the pre-tokenizer, does a whole word in the vocabulary skip the merges) -> llama.cpp's name for exactly that."""
-
-BYTES = tuple(f"<0x{i:02X}>" for i in range(256))
-"""Names of the byte tokens of SentencePiece-like vocabularies."""
 
 NEVER = "<none> <none>"
 """A merge that cannot match (merging starts from single characters): llama.cpp refuses a file without any, GGUF arrays cannot be empty."""
@@ -59,17 +60,13 @@ class Vocabulary:
     """GGUF keys, whole."""
     stop_ids: tuple[int, ...]
     """Every token that ends a reply, the tokenizer's eos first."""
-    normalises: bool
-    """NFC is applied before the merges, which llama.cpp does not do: texts that it changes tokenise differently."""
+    limits: tuple[Limit, ...]
+    """Classes of texts that llama.cpp tokenises differently."""
     space_at_start: bool
     """A text gets a leading space, but what follows a special token does not. llama.cpp can do both or neither; the file says neither,
     which is right for every text that begins with a special token, as chat prompts do."""
-    joins: bool
-    """The pieces of a text, joined, are the text. (A SentencePiece-like one may drop a leading space, once per text.)"""
-    unlike: tuple[tuple[str, str], ...]
-    """Regular expressions of texts that llama.cpp tokenises in another way, and what is in them."""
-    phi3: bool
-    """Special tokens take the spaces behind them as Phi-3's do, which llama.cpp does for files of that name alone: see `named`."""
+    takes_spaces: bool = False
+    """Special tokens take the spaces behind them, as Phi-3's do: llama.cpp tells it from the model's name."""
 
 
 def read_vocabulary(tokenizer: Any, rows: int, stop_ids: Sequence[int]) -> Vocabulary:
@@ -87,47 +84,27 @@ def read_vocabulary(tokenizer: Any, rows: int, stop_ids: Sequence[int]) -> Vocab
         raise UserError(f"the tokenizer has {size} tokens, the embedding only {rows} rows: resize the embedding before training")
     if model["type"] != "BPE":
         raise UserError(f"a {model['type']} tokenizer cannot be exported for these models, only BPE: keep the PEFT adapter instead")
-    tokens, types = token_table(spec, rows, bytes_by_name=bool(model.get("byte_fallback")))
-    keys = sentencepiece_keys(spec, tokens) if model.get("byte_fallback") else byte_level_keys(spec, tokens)
+    by_name = bool(model.get("byte_fallback"))
+    takes_spaces = check_added(spec, normalized_names(tokenizer, spec))
+    tokens, types = token_table(spec, rows, bytes_by_name=by_name)
+    keys = sentencepiece_keys(spec, tokens) if by_name else byte_level_keys(spec, tokens)
     keys |= {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
     ends = end_ids(tokenizer, stop_ids)
     keys |= end_keys(tokenizer, ends) | edge_keys(tokenizer)
     if template := template_of(tokenizer):
         keys["tokenizer.chat_template"] = template
-    normalises = "NFC" in str(spec.get("normalizer"))
     first = any(s.get("prepend_scheme") == "first" for s in flatten(spec.get("pre_tokenizer"), "pretokenizers"))
-    changing = [step for step in flatten(spec.get("decoder"), "decoders") if step["type"] not in ("Replace", "ByteFallback", "Fuse")]
-    joins = keys["tokenizer.ggml.model"] == "gpt2" or not (changing or first or keys["tokenizer.ggml.add_space_prefix"])
-    return Vocabulary(keys, ends, normalises, first, joins, unlike(spec), like_phi3(spec))
+    spaces = by_name and any(is_spaces(token) for token in spec.get("added_tokens") or ())
+    cased = keys["tokenizer.ggml.pre"] in ("tekken", "gpt-4o")
+    limits = [limit for limit, holds in ((NFC, "NFC" in str(spec.get("normalizer"))), (CASED, cased), (LITERAL, spaces)) if holds]
+    return Vocabulary(keys, ends, (*limits, *space_limits(spec, takes_spaces)), first, takes_spaces)
 
 
-NAMED_PHI3, NOT_PHI3 = re.compile("phi-?3", re.IGNORECASE), frozenset({"<unk>", "<s>", "<|endoftext|>"})
-"""In files of such a name llama.cpp lets all added tokens but these take the spaces behind them, and needs these and `</s>`: llama-vocab.cpp, load."""
-
-
-def like_phi3(spec: Mapping[str, Any]) -> bool:
-    """Whether added tokens take the spaces beside them exactly as llama.cpp has it for Phi-3."""
-    added = list(spec.get("added_tokens") or ())
-    names, behind = {token["content"] for token in added}, {token["content"] for token in added if token["rstrip"]}
-    return names >= {*NOT_PHI3, "</s>"} and behind == names - NOT_PHI3 and not any(token["lstrip"] for token in added)
-
-
-def unlike(spec: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-    """What llama.cpp knows of no tokenizer (but Phi-3's): tokens that take spaces. And Gemma's runs of spaces, if a text spells them out."""
-    added, found = list(spec.get("added_tokens") or ()), []
-    if taking := [] if like_phi3(spec) else [token["content"] for token in added if token["lstrip"] or token["rstrip"]]:
-        marks = "|".join(map(re.escape, taking))
-        found.append((rf"\s({marks})|({marks})\s", f"spaces beside {taking[0]} and its like, which take them (llama.cpp leaves them)"))
-    if any(set(token["content"]) == {"▁"} for token in added):
-        found.append(("▁", "a ▁ of their own, which is a space in llama.cpp"))
-    return tuple(found)
-
-
-def named(name: str, vocabulary: Vocabulary) -> str:
-    """What the file is called within (`general.name`): llama.cpp treats special tokens in another way if that looks like Phi-3."""
-    if vocabulary.phi3:
-        return name if NAMED_PHI3.search(name) else f"{name} (Phi-3)"
-    return NAMED_PHI3.sub("Phi 3", name)
+def normalized_names(tokenizer: Any, spec: Mapping[str, Any]) -> dict[str, str]:
+    """What the normalizer makes of the added tokens that are looked for in normalized text."""
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    names = [token["content"] for token in spec.get("added_tokens") or () if token.get("normalized")]
+    return {} if normalizer is None else {name: normalizer.normalize_str(name) for name in names}
 
 
 def token_table(spec: Mapping[str, Any], rows: int, *, bytes_by_name: bool) -> tuple[list[str], list[int]]:
@@ -136,20 +113,28 @@ def token_table(spec: Mapping[str, Any], rows: int, *, bytes_by_name: bool) -> t
     if bytes_by_name:
         by_id |= {i: (text, TokenType.BYTE) for i, (text, _) in by_id.items() if text in BYTES}
     for added in spec.get("added_tokens") or ():
-        if bytes_by_name and not added["special"] and set(added["content"]) == {"▁"} and added["id"] in by_id:
-            continue  # Gemma's runs of spaces: merges come to them, and only a normal token is written out as spaces
-        by_id[added["id"]] = (added["content"], TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED)
+        text, special = added["content"], added["special"]
+        spaces = bytes_by_name and is_spaces(added)
+        by_id[added["id"]] = (text, TokenType.NORMAL if spaces else TokenType.CONTROL if special else TokenType.USER_DEFINED)
     unknown = spec["model"].get("unk_token")
-    by_id |= {i: (text, TokenType.UNKNOWN) for i, (text, _) in by_id.items() if text == unknown and bytes_by_name}
+    special_ids = {i for i, (_, kind) in by_id.items() if kind == TokenType.CONTROL}
+    by_id |= {i: (text, TokenType.UNKNOWN) for i, (text, _) in by_id.items() if text == unknown and bytes_by_name and i in special_ids}
     texts = {text for text, _ in by_id.values()}
     if len(texts) != len(by_id):  # llama.cpp aborts the whole process on it
         raise UserError("two ids of the tokenizer stand for the same text, which GGUF forbids: remove the duplicate added token")
+    if odd := next((text for text in texts if "\0" in text or not text), None):
+        raise UserError(f"the token {odd!r} is empty or holds a NUL, at which llama.cpp ends a token: remove it, or keep the PEFT adapter instead")
     for i in range(rows):
         name = f"[PAD{i}]"
         while i not in by_id and name in texts:
             name = f"[{name}]"
         by_id.setdefault(i, (name, TokenType.UNUSED))
     return [by_id[i][0] for i in range(rows)], [int(by_id[i][1]) for i in range(rows)]
+
+
+def is_spaces(added: Mapping[str, Any]) -> bool:
+    """Whether an added token is nothing but U+2581 (Gemma's are): it is read as spaces, and merges make it of them, so it is a token like others."""
+    return not added["special"] and not added["content"].strip("▁")
 
 
 def byte_level_keys(spec: Mapping[str, Any], tokens: Sequence[str]) -> dict[str, Value]:
@@ -169,60 +154,6 @@ def byte_level_keys(spec: Mapping[str, Any], tokens: Sequence[str]) -> dict[str,
         raise UserError(f"the tokenizer lacks {len(missing)} of the 256 byte tokens: train it with initial_alphabet=ByteLevel.alphabet()")
     merges = [joined(merge) for merge in model["merges"]] or [NEVER]
     return {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": name, "tokenizer.ggml.merges": merges}
-
-
-def sentencepiece_keys(spec: Mapping[str, Any], tokens: Sequence[str]) -> dict[str, Value]:
-    """Keys of a SentencePiece-like BPE (Llama 2, Mistral, Gemma, Phi-3): spaces are U+2581, unknown characters fall back to bytes.
-
-    llama.cpp merges by score, highest first: minus the merge's rank gives the same order.
-    """
-    if missing := sorted(set(BYTES) - set(tokens)):
-        raise UserError(f"the tokenizer falls back to bytes but lacks {len(missing)} of 256 ({missing[0]}, ...): keep the PEFT adapter instead")
-    prefix, escaped, odd = False, False, []
-    for step in [*flatten(spec.get("normalizer"), "normalizers"), *flatten(spec.get("pre_tokenizer"), "pretokenizers")]:
-        if step["type"] == "Prepend" and step["prepend"] == "▁":
-            prefix = True
-        elif step["type"] == "Metaspace" and step["replacement"] == "▁" and step.get("prepend_scheme", "always") != "always":
-            continue  # "never", or "first": see space_at_start
-        elif step["type"] == "Replace" and step["pattern"] == {"String": " "} and step["content"] == "▁":
-            escaped = True
-        elif not (escaped and step["type"] == "Split" and step["pattern"] == {"String": " "}):  # Gemma's: no space is left to split at
-            odd.append(step["type"])
-    if odd:
-        raise UserError(f"the tokenizer's step {odd[0]} is not in llama.cpp's SentencePiece code: keep the PEFT adapter instead")
-    rank: dict[str, float] = {}
-    for i, merge in enumerate(spec["model"]["merges"]):
-        rank.setdefault("".join(merge if isinstance(merge, list) else merge.split(" ", 1)), float(-i))
-    last = float(-len(rank) - 1)
-    return {
-        "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.pre": "default",
-        "tokenizer.ggml.scores": [rank.get(text, last) for text in tokens],
-        "tokenizer.ggml.add_space_prefix": prefix,
-    }
-
-
-def flatten(step: Mapping[str, Any] | None, inner: str) -> list[Mapping[str, Any]]:
-    """A tokenizer step as a list of simple ones: none, itself, or a Sequence's members."""
-    if step is None:
-        return []
-    return list(step[inner]) if step["type"] == "Sequence" else [step]
-
-
-def step_of(step: Mapping[str, Any]) -> str:
-    """One word for a pre-tokenizer step: what it does, as far as token ids depend on it.
-
-    >>> step_of({"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True})
-    "bytes with GPT-2's regex"
-    """
-    kind = step["type"]
-    if kind == "ByteLevel" and not step["add_prefix_space"]:
-        return "bytes with GPT-2's regex" if step.get("use_regex", True) else "bytes"
-    if kind == "Digits" and step["individual_digits"]:
-        return "digits"
-    if kind == "Split" and step["behavior"] == "Isolated" and not step["invert"] and "Regex" in step["pattern"]:
-        return str(step["pattern"]["Regex"])
-    return f"{kind} { ({k: v for k, v in step.items() if k != 'type'}) }"
 
 
 def joined(merge: Sequence[str] | str) -> str:

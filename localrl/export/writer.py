@@ -16,7 +16,7 @@ from localrl.export.families import Value
 from localrl.export.weights import Source
 from localrl.settings import UserError
 
-DType = Literal["f32", "f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q3_k_m", "q4_0", "iq4_xs"]
+DType = Literal["f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q3_k_m", "q4_0", "iq4_xs"]
 """What matrices are written as. Norms, biases and rotary factors are always F32. From q6_k on only llama.cpp's quantiser writes them."""
 
 Progress = Callable[[int, int, str], None]
@@ -25,14 +25,19 @@ Progress = Callable[[int, int, str], None]
 TYPES: Mapping[DType, GGMLQuantizationType] = {
     "f32": GGMLQuantizationType.F32,
     "f16": GGMLQuantizationType.F16,
+    "bf16": GGMLQuantizationType.BF16,
     "q8_0": GGMLQuantizationType.Q8_0,
 }
 FILE_TYPES: Mapping[DType, int] = {
-    "f32": 0, "f16": 1, "q8_0": 7, "q6_k": 18, "q5_k_m": 17, "q4_k_m": 15, "q3_k_m": 12, "q4_0": 2, "iq4_xs": 30,
+    "f32": 0, "f16": 1, "bf16": 32, "q8_0": 7, "q6_k": 18, "q5_k_m": 17, "q4_k_m": 15, "q3_k_m": 12, "q4_0": 2, "iq4_xs": 30,
 }  # fmt: skip
 """general.file_type, what most of the file is."""
 
 F16_MAX = 65504.0
+LARGEST: Mapping[GGMLQuantizationType, float] = {GGMLQuantizationType.F32: np.inf, GGMLQuantizationType.BF16: 3.3895e38}
+"""Beyond which a value becomes infinite; of the others F16_MAX, for their blocks' scales are F16."""
+PACKED = frozenset({GGMLQuantizationType.BF16, GGMLQuantizationType.Q8_0})
+"""Types that numpy does not have: they are written as bytes."""
 
 
 def type_of(source: Source, dtype: DType) -> GGMLQuantizationType:
@@ -45,19 +50,20 @@ def type_of(source: Source, dtype: DType) -> GGMLQuantizationType:
 
 
 def stored_shape(source: Source, kind: GGMLQuantizationType) -> tuple[int, ...]:
-    """The shape of the tensor as the array that is written: Q8_0 packs 32 columns in 34 bytes."""
-    return quants.quant_shape_to_byte_shape(source.shape, kind) if kind is GGMLQuantizationType.Q8_0 else source.shape
+    """The shape of the tensor as the array that is written: Q8_0 packs 32 columns in 34 bytes, BF16 one in two."""
+    return quants.quant_shape_to_byte_shape(source.shape, kind) if kind in PACKED else source.shape
 
 
 ARRAYS: Mapping[GGMLQuantizationType, type[Any]] = {
     GGMLQuantizationType.F32: np.float32,
     GGMLQuantizationType.F16: np.float16,
+    GGMLQuantizationType.BF16: np.uint8,
     GGMLQuantizationType.Q8_0: np.uint8,
 }
 
 
 def encode(source: Source, kind: GGMLQuantizationType) -> NDArray[Any]:
-    """The whole tensor in its final type. UserError for values that are not finite, or beyond F16."""
+    """The whole tensor in its final type. UserError for values that are not finite, or beyond the type."""
     out = np.empty(stored_shape(source, kind), ARRAYS[kind])
     row = 0
     for block in source.blocks():
@@ -65,9 +71,9 @@ def encode(source: Source, kind: GGMLQuantizationType) -> NDArray[Any]:
         largest = float(np.abs(values).max(initial=0.0))
         if not np.isfinite(largest):
             raise UserError(f"the weight '{source.name}' holds NaN or infinity: the training diverged, export an earlier checkpoint")
-        if kind is not GGMLQuantizationType.F32 and largest > F16_MAX:
-            raise UserError(f"the weight '{source.name}' reaches {largest:g}, beyond F16's {F16_MAX:g}: export with dtype = 'f32'")
-        packed = quants.quantize(values, kind) if kind is GGMLQuantizationType.Q8_0 else values
+        if largest > (limit := LARGEST.get(kind, F16_MAX)):
+            raise UserError(f"the weight '{source.name}' reaches {largest:g}, beyond {kind.name}'s {limit:g}: export with dtype = 'f32'")
+        packed = quants.quantize(values, kind) if kind in PACKED else values
         out[row : row + len(values)] = packed
         row += len(values)
     return out

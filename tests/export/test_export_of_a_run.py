@@ -207,18 +207,21 @@ def test_ctrl_c_while_llama_cpp_looks_at_the_file(run: Path, tmp_path: Path) -> 
 
 def test_the_command_ends_with_tables_and_what_comes_next(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(sys, "argv", ["localrl", "export", str(run), "--type", "q8_0,q5_k_m", "--out", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["localrl", "export", str(run), "--type", "bf16,q5_k_m", "--shard-size", "1MB", "--out", str(tmp_path)])
     with pytest.raises(SystemExit) as end:
         main()
     assert not end.value.code
     out = capsys.readouterr().out
-    for words in ("demo-merged-q8_0.gguf", "demo-merged-q5_k_m.gguf", "de-quantised", "localrl chat", "localrl compare", "README.md"):
+    for words in ("demo-merged-bf16-00001-of-00002.gguf", "demo-merged-q5_k_m.gguf", "de-quantised", "localrl chat", "localrl compare", "README.md"):
         assert words in out
     assert out.count("passed") == 2
-    made = {f"demo-merged-{t}{end}" for t in ("q8_0", "q5_k_m") for end in (".gguf", ".gguf.check.json", ".Modelfile")}
+    made = {f"demo-merged-q5_k_m{end}" for end in (".gguf", ".gguf.check.json", ".Modelfile")}
+    parts = {f"demo-merged-bf16-0000{n}-of-00002.gguf" for n in (1, 2)}
+    made |= parts | {"demo-merged-bf16-00001-of-00002.gguf.check.json", "demo-merged-bf16.Modelfile"}
     assert {p.name for p in tmp_path.iterdir()} == made | {"README.md"}, "neither parent stays, for nobody asked for it"
     assert out.index("done:") > out.index("passed"), "nothing says done before it passed"
-    mistakes = {"--type q9": "q9", "--what all": "all", "--merge both": "both", "--what base --merge original": "merged only"}
+    mistakes = {"--type q9": "q9", "--what all": "all", "--merge both": "both", "--what base --merge original": "merged only",
+                "--shard-size 5": "is no size", "--converter /nowhere": "no converter at /nowhere"}  # fmt: skip
     for wrong, words in mistakes.items():
         monkeypatch.setattr(sys, "argv", ["localrl", "export", str(run), *wrong.split()])
         with pytest.raises(SystemExit) as end:

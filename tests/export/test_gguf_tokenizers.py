@@ -3,143 +3,32 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from gguf import GGUFReader
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, GemmaTokenizer, PreTrainedTokenizerFast
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from localrl.export import Sample, check_exportable, export
+from localrl.export import CheckReport, Sample, check_exportable, export
+from localrl.export.expected import expected_texts
+from localrl.export.tokenizer import Vocabulary, read_vocabulary
 from localrl.settings import UserError
+from tests.export.vocabularies import BITS, GPT2, KINDS, QWEN2, TEKKEN, LlamaVocabulary, byte_level, every_pair, sentencepiece, spaced_merges, split
 
-CORPUS = [
-    "The quick brown fox jumps over the lazy dog; it's what they'll say, isn't it?",
-    "def add(a, b):\n    return a + b  # 12345 and 67890\n\n\nprint(add(1, 22))",
-    "naïve café, Ångström, Привет мир, 你好世界, こんにちは, 한국어, emoji 🙂🙂",
-    "HELLO World helloWorld HelloWorld hello_world 1 12 123 1234",
-] * 4
-
-QWEN2 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-TEKKEN = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
-    "{{ m['content'] | trim }}<|eot_id|>{% endfor %}"
-    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
-)
-
-
-def split(regex: str) -> Any:
-    """Cut by a regex, then bytes, as published tokenizers do it."""
-    cut = pre_tokenizers.Split(Regex(regex), behavior="isolated")
-    return pre_tokenizers.Sequence([cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-
-
-def byte_level(
-    pre: Any, *, ignore_merges: bool = False, normalizer: Any = None, bos: bool = False, **names: Any
-) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of 400 tokens, trained here, with a Llama-3 like template."""
-    inner = Tokenizer(models.BPE(ignore_merges=ignore_merges))
-    inner.pre_tokenizer, inner.decoder = pre, decoders.ByteLevel()
-    if normalizer is not None:
-        inner.normalizer = normalizer
-    special = ["<|begin|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|finis|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    inner.train_from_iterator(
-        CORPUS, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, special_tokens=special, show_progress=False)
-    )
-    inner.add_tokens([AddedToken("<tool>", special=False, normalized=False)])
-    if bos:
-        inner.post_processor = processors.TemplateProcessing(
-            single="<|begin|> $A", special_tokens=[("<|begin|>", inner.token_to_id("<|begin|>"))]
-        )
-    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<|begin|>", eos_token="<|eot_id|>", chat_template=TEMPLATE, **names)
-
-
-def sentencepiece(*, metaspace: str = "") -> PreTrainedTokenizerFast:
-    """A SentencePiece-like BPE with byte fallback and a Llama-2 like template."""
-    trained = Tokenizer(models.BPE())
-    trained.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    trained.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=300, show_progress=False))
-    spec = json.loads(trained.to_str())["model"]
-    names = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
-    vocab = {name: i for i, name in enumerate([*names, *sorted(spec["vocab"], key=spec["vocab"].get)])}
-    merges = [tuple(merge) for merge in spec["merges"]]
-    inner = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    if metaspace:
-        inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=metaspace, split=False)
-    else:
-        inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    inner.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-    inner.add_special_tokens(["<unk>", "<s>", "</s>"])
-    inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    template = "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{{ eos_token }}{% endfor %}"
-    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>", chat_template=template)
-
-
-def gemma() -> GemmaTokenizer:
-    """As transformers builds Gemma's: runs of spaces and of lines are tokens, which SentencePiece merges first, and which are added once more."""
-    trained = Tokenizer(models.BPE())
-    trained.normalizer = normalizers.Replace(" ", "▁")
-    trained.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=300, show_progress=False))
-    spec = json.loads(trained.to_str())["model"]
-    runs = [sign * count for sign in ("\n", "▁") for count in range(2, 32)]
-    names = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<start_of_turn>", "<end_of_turn>", *runs, "<table>", *(f"<0x{i:02X}>" for i in range(256))]
-    learned = [name for name in [*sorted(spec["vocab"], key=spec["vocab"].get), "\n"] if name not in names]
-    vocab = {name: i for i, name in enumerate([*names, *dict.fromkeys(learned)])}
-    merges = [(run[:i], run[i:]) for run in runs for i in range(1, len(run))]
-    tokenizer = GemmaTokenizer(vocab=vocab, merges=merges + [m for merge in spec["merges"] if (m := tuple(merge)) not in merges])
-    tokenizer.add_tokens([AddedToken(name, special=False, normalized=False) for name in [*runs, "<table>"]])
-    tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in ("<start_of_turn>", "<end_of_turn>")])
-    tokenizer.chat_template = (
-        "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ m['role'] }}\n{{ m['content'] | trim }}<end_of_turn>\n{% endfor %}"
-        "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
-    )
-    return tokenizer
-
-
-def phi3() -> PreTrainedTokenizerFast:
-    """Special tokens take the spaces and lines behind them."""
-    tokenizer = sentencepiece()
-    taking = ["</s>", "<|assistant|>", "<|user|>", "<|system|>", "<|end|>"]
-    tokenizer.add_tokens([AddedToken(name, special=True, normalized=False, rstrip=True) for name in taking], special_tokens=True)
-    tokenizer.add_tokens([AddedToken("<|endoftext|>", special=True, normalized=False)], special_tokens=True)
-    tokenizer.chat_template = (
-        "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
-    )
-    return tokenizer
-
-
-def phi4() -> PreTrainedTokenizerFast:
-    """Special tokens take the spaces on both sides, which llama.cpp does for none of them."""
-    tokenizer = byte_level(split(LLAMA3))
-    marks = [AddedToken(name, special=True, normalized=False, lstrip=True, rstrip=True) for name in ("<|im_start|>", "<|im_sep|>", "<|im_end|>")]
-    tokenizer.add_tokens(marks, special_tokens=True)
-    tokenizer.chat_template = (
-        "{% for m in messages %}<|im_start|>{{ m['role'] }}<|im_sep|>{{ m['content'] }}<|im_end|>{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant<|im_sep|>{% endif %}"
-    )
-    return tokenizer
-
-
-GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-KINDS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
-    "gpt-2": lambda: byte_level(GPT2),
-    "smollm": lambda: byte_level(pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), GPT2])),
-    "qwen2": lambda: byte_level(split(QWEN2), normalizer=normalizers.NFC()),
-    "llama-bpe": lambda: byte_level(split(LLAMA3), ignore_merges=True, bos=True),
-    "dbrx": lambda: byte_level(split(LLAMA3), bos=True),
-    "tekken": lambda: byte_level(split(TEKKEN), ignore_merges=True),
-    "default": sentencepiece,
-}
+NEWER = (
+    (0x1C89, 0x1C8A), (0xA7CB, 0xA7CD), (0xA7DA, 0xA7DC), (0x105C0, 0x105F3), (0x10D40, 0x10D65), (0x10D6F, 0x10D85), (0x10EC2, 0x10EC4),
+    (0x11380, 0x113D3), (0x116D0, 0x116E3), (0x11BC0, 0x11BE0), (0x11BF0, 0x11BF9), (0x13460, 0x143FA), (0x16100, 0x1611D), (0x16130, 0x16139),
+    (0x16D40, 0x16D6C), (0x16D70, 0x16D79), (0x18CFF, 0x18CFF), (0x1CCF0, 0x1CCF9), (0x1E5D0, 0x1E5FA),
+)  # fmt: skip
+"""Where letters and digits came with Unicode 16, which `tokenizers` knows and llama.cpp (Unicode 15) does not."""
+BYTE_LEVEL = [kind for kind, (pre, _) in KINDS.items() if pre != "default"]
 
 
 def tiny(tokenizer: PreTrainedTokenizerFast, ends: list[int]) -> Any:
@@ -152,78 +41,181 @@ def tiny(tokenizer: PreTrainedTokenizerFast, ends: list[int]) -> Any:
     return AutoModelForCausalLM.from_config(config).train()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_token_ids_and_template_are_the_same_in_llama_cpp(kind: str, tmp_path: Path) -> None:
-    tokenizer = KINDS[kind]()
-    ends = [tokenizer.eos_token_id, *(tokenizer.convert_tokens_to_ids(["<|finis|>"]) if kind != "default" else [])]
-    told = [Sample(tuple(tokenizer("Say 12 or 345, they'll isn't <tool> it.")["input_ids"]))]
-    done = export(tiny(tokenizer, ends), tokenizer, tmp_path, what="base", dtype="f32", samples=told)
-    fields = GGUFReader(done.path).fields
-    assert fields["tokenizer.ggml.pre"].contents() == kind
-    assert fields["tokenizer.ggml.add_bos_token"].contents() == (kind in ("llama-bpe", "dbrx", "default"))
-    assert fields["tokenizer.ggml.eos_token_id"].contents() == tokenizer.eos_token_id
-    assert ("tokenizer.ggml.eot_token_id" in fields) == (kind != "default")
-    rows = {row.name: row for row in done.report.checks}
-    assert rows["tokens"].value.split()[0] == rows["tokens"].value.split()[2], "all of them"
-    assert int(rows["tokens"].value.split()[2]) > 40
-    assert ("NFC" in rows["tokens"].detail) == (kind == "qwen2")
-    assert rows["chat template"].value == "6 of 6 equal"
+@dataclass(frozen=True)
+class Both:
+    """A tokenizer, and llama.cpp with the file that it was exported to."""
+
+    kind: str
+    tokenizer: Any
+    vocabulary: Vocabulary
+    llama: LlamaVocabulary
+    report: CheckReport
+    path: Path
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Both]:
+    """Each kind in turn."""
+    kind = str(request.param)
+    tokenizer = KINDS[kind][1]()
+    more = "<|finis|>" if kind in BYTE_LEVEL else "<|end|>" if kind == "phi3" else None
+    ends = [tokenizer.eos_token_id, *([tokenizer.convert_tokens_to_ids(more)] if more else [])]
+    told = [Sample(tuple(tokenizer(f"{tokenizer.bos_token}Say 12 or 345, they'll isn't <tool> it.")["input_ids"]))]
+    done = export(tiny(tokenizer, ends), tokenizer, tmp_path_factory.mktemp(kind), what="base", dtype="f32", samples=told)
+    llama = LlamaVocabulary(done.path)
+    yield Both(kind, tokenizer, read_vocabulary(tokenizer, len(tokenizer), ends), llama, done.report, done.path)
+    llama.close()
+
+
+def test_token_ids_and_template_are_the_same_in_llama_cpp(both: Both) -> None:
+    fields, byte = GGUFReader(both.path).fields, both.kind in BYTE_LEVEL
+    assert fields["tokenizer.ggml.pre"].contents() == KINDS[both.kind][0]
+    assert fields["tokenizer.ggml.add_bos_token"].contents() == (both.kind in ("llama3", "phi4") or (not byte and both.kind != "gemma"))
+    assert fields["tokenizer.ggml.eos_token_id"].contents() == both.tokenizer.eos_token_id
+    assert ("tokenizer.ggml.eot_token_id" in fields) == (byte or both.kind == "phi3")
+    rows = {row.name: row for row in both.report.checks}
+    for name in ("tokens", "text of tokens"):
+        assert rows[name].value.split()[0] == rows[name].value.split()[2], "all of them"
+        assert int(rows[name].value.split()[2]) > 40
+    assert ("NFC" in rows["tokens"].detail) == (both.kind == "qwen2")
+    assert ("capitals" in rows["tokens"].detail) == (both.kind in ("tekken", "gpt4o"))
+    assert rows["chat template"].value == ("4 of 4 equal" if both.kind == "phi4" else "6 of 6 equal")
+    assert GGUFReader(both.path).fields["general.name"].contents() == ("model (phi-3)" if both.kind == "phi3" else "model")
+
+
+def old(text: str) -> bool:
+    """Without code points that only one of the two knows."""
+    return not any(low <= ord(c) <= high for c in text for low, high in NEWER)
+
+
+ANY = st.characters(exclude_categories=["Cs"]).filter(old)
+TEXTS = st.lists(st.one_of(st.sampled_from(BITS), st.sampled_from(BITS), ANY, st.integers(0, 9)), min_size=1, max_size=9)
+"""Bits to be glued together; a number stands for one of the tokenizer's added tokens."""
+
+
+def glued(parts: list[str | int], names: list[str]) -> str:
+    return "".join(names[part % len(names)] if isinstance(part, int) else part for part in parts)
+
+
+@settings(derandomize=True, max_examples=100, database=None)
+@given(parts=TEXTS)
+@example(parts=["x", 0, "  ", 1, "\n", 2, "\t ", 3, "y"])
+@example(parts=[3, "\r\n", 3, " ", 0, " " * 40, 1])
+@example(parts=["'ſ", "'S'LL'rE", "1" * 50, " ", "٣" * 5])
+@example(parts=["👩🏽‍🚀", "❤️\u200d🔥", "e\u0301", "\u0301\u0301", " \u0301"])
+@example(parts=["\u0627\u0644\u0633\u0651", "\u202e", "שָׁלוֹם", "a\x00b", "\x00"])
+def test_any_text_is_tokenised_and_written_the_same(both: Both, parts: list[str | int]) -> None:
+    """Added tokens within words, emoji and their modifiers, every script, controls, lines, digits; what is beyond a kind's limits is left out."""
+    text = glued(parts, sorted(both.tokenizer.get_added_vocab()))
+    if both.vocabulary.space_at_start:
+        text = both.tokenizer.bos_token + text
+    if any(limit.beyond(text) for limit in both.vocabulary.limits):
+        return
+    wanted = list(both.tokenizer(text, add_special_tokens=False)["input_ids"])
+    assert both.llama.encode(text) == wanted
+    written = both.llama.decode(wanted)
+    told = both.tokenizer.decode(wanted, clean_up_tokenization_spaces=False)
+    assert told in (written, written.removeprefix(" ") if both.vocabulary.keys.get("tokenizer.ggml.add_space_prefix") else written)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("qwen2", "cafe\u0301"), ("tekken", "FÜR"), ("tekken", "हिन्दी"), ("gpt4o", "éÉ"), ("gemma", " ▁▁▁"),
+        ("phi4", "a <|im_sep|>"), ("phi4", "<|im_sep|>\n"), ("phi3", "<|end|>\u3000x"),
+    ],
+)  # fmt: skip
+def test_what_lies_beyond_a_limit_does_differ(kind: str, text: str, tmp_path: Path) -> None:
+    """No limit is wider than it is true: this text is beyond one, and llama.cpp has other ids for it."""
+    tokenizer = KINDS[kind][1]()
+    vocabulary = read_vocabulary(tokenizer, len(tokenizer), [])
+    assert any(limit.beyond(text) for limit in vocabulary.limits)
+    llama = LlamaVocabulary.of(vocabulary, tmp_path)
+    assert llama.encode(text) != list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    llama.close()
+
+
+def test_a_run_whose_own_texts_lie_beyond_a_limit_is_refused() -> None:
+    tokenizer = KINDS["tekken"][1]()
+    vocabulary = read_vocabulary(tokenizer, len(tokenizer), [])
+    mostly = [tokenizer(f"plain {i}")["input_ids"] for i in range(20)] + [tokenizer("हिन्दी")["input_ids"]]
+    texts, note = expected_texts(tokenizer, vocabulary, mostly)
+    assert "(1 of them the run's own) with combining marks" in note
+    assert not any("हिन्दी" in text for text, _, _ in texts)
+    with pytest.raises(UserError, match=r"3 of 23 of the run's own texts .* combining marks"):
+        expected_texts(tokenizer, vocabulary, mostly + [tokenizer(f"हिन्दी {i}")["input_ids"] for i in (1, 2)])
 
 
 def test_sentencepiece_with_a_space_at_the_start_only_is_compared_behind_special_tokens(tmp_path: Path) -> None:
-    tokenizer = sentencepiece(metaspace="first")
+    tokenizer = KINDS["mistral"][1]()
     told = [Sample(tuple(tokenizer("Hello you")["input_ids"]))]
     done = export(tiny(tokenizer, [2]), tokenizer, tmp_path, what="base", dtype="f32", samples=told)
     assert GGUFReader(done.path).fields["tokenizer.ggml.add_space_prefix"].contents() is False
     assert "behind <s>" in next(row.detail for row in done.report.checks if row.name == "tokens")
 
 
-SPACES = "if x:\n    return  y\n\n\n" + " " * 13 + "z   <table>  a▁▁b"
+def test_a_run_called_phi_3_does_not_lose_its_spaces(tmp_path: Path) -> None:
+    """llama.cpp goes by the name, and takes the spaces behind every special token of a model that is called so; or does not load it."""
+    tokenizer = KINDS["gpt2"][1]()
+    told = [Sample(tuple(tokenizer("Hello you")["input_ids"]))]
+    done = export(tiny(tokenizer, [tokenizer.eos_token_id]), tokenizer, tmp_path, what="base", dtype="f32", samples=told, name="my-Phi-3")
+    assert done.path.name == "my-Phi-3-base-f32.gguf"
+    assert GGUFReader(done.path).fields["general.name"].contents() == "my-phi 3"
 
 
-def test_gemmas_runs_of_spaces_are_merged_and_written_out_as_spaces(tmp_path: Path) -> None:
-    tokenizer = gemma()
-    told = [Sample(tuple(tokenizer(SPACES)["input_ids"]))]
-    assert {"▁" * 4, "▁" * 13, "\n\n\n", "<table>"} <= set(tokenizer.convert_ids_to_tokens(told[0].prompt))
-    done = export(tiny(tokenizer, [1, 6]), tokenizer, tmp_path, what="base", dtype="f32", samples=told)
-    rows = {row.name: row.value.split() for row in done.report.checks}
-    for name in ("tokens", "text of tokens"):
-        assert rows[name][0] == rows[name][2] and int(rows[name][2]) > 90
-    assert rows["chat template"][0] == rows["chat template"][2] != "0"
-
-
-@pytest.mark.parametrize("name", ["sums", "my Phi-3 run"])
-def test_phi3s_special_tokens_take_the_spaces_behind_them(name: str, tmp_path: Path) -> None:
-    tokenizer = phi3()
-    told = [Sample(tuple(tokenizer("<|user|>\n Hello you<|end|>\n<|assistant|>\n")["input_ids"]))]
-    done = export(tiny(tokenizer, [2]), tokenizer, tmp_path, what="base", dtype="f32", samples=told, name=name)
-    assert GGUFReader(done.path).fields["general.name"].contents() == {"sums": "sums (Phi-3)"}.get(name, name)
-    rows = {row.name: row for row in done.report.checks}
-    assert rows["chat template"].value == "6 of 6 equal" and not rows["tokens"].detail
-
-
-def test_others_must_not_be_called_phi_3(tmp_path: Path) -> None:
-    """llama.cpp would take spaces from them, and does not load a vocabulary without </s>."""
-    tokenizer = byte_level(GPT2)
-    told = [Sample(tuple(tokenizer("Hello")["input_ids"]))]
-    done = export(tiny(tokenizer, [tokenizer.eos_token_id]), tokenizer, tmp_path, what="base", dtype="f32", samples=told, name="not-phi3")
-    assert done.path.name == "not-phi3-base-f32.gguf"
-    assert GGUFReader(done.path).fields["general.name"].contents() == "not-Phi 3"
-
-
-def test_texts_with_spaces_that_a_token_takes_are_left_out_and_told(tmp_path: Path) -> None:
-    tokenizer = phi4()
-    told = [Sample(tuple(tokenizer("<|im_start|>user<|im_sep|>Hello<|im_end|>")["input_ids"]))]
-    done = export(tiny(tokenizer, [tokenizer.eos_token_id]), tokenizer, tmp_path, what="base", dtype="f32", samples=told)
-    rows = {row.name: row for row in done.report.checks}
-    assert "spaces beside <|im_start|> and its like" in rows["tokens"].detail and rows["chat template"].value == "4 of 4 equal"
+def test_a_template_with_spaces_that_its_tokens_take_is_refused(tmp_path: Path) -> None:
+    tokenizer = KINDS["phi4"][1]()
     tokenizer.chat_template = str(tokenizer.chat_template).replace("<|im_sep|>", "<|im_sep|>\n")
+    told = [Sample(tuple(tokenizer("Hello")["input_ids"]))]
     with pytest.raises(UserError, match="chat template: 0 of 6 equal"):  # in each of them
         export(tiny(tokenizer, [tokenizer.eos_token_id]), tokenizer, tmp_path, what="base", dtype="f32", samples=told)
 
 
+def test_tokens_that_take_spaces_almost_as_phi_3s_do_not_change_the_name() -> None:
+    """One more that takes none: llama.cpp would take spaces from it, so the file is not called Phi-3 and texts with such spaces are left out."""
+    tokenizer = with_added(KINDS["phi3"][1], AddedToken("<x>", normalized=False))
+    vocabulary = read_vocabulary(tokenizer, len(tokenizer), [])
+    assert not vocabulary.takes_spaces and any(limit.beyond("<|end|> x") for limit in vocabulary.limits)
+    tokenizer = KINDS["phi3"][1]()
+    assert read_vocabulary(tokenizer, len(tokenizer), []).takes_spaces
+
+
 def config_for(tokenizer: Any) -> Any:
     return AutoConfig.for_model("llama", vocab_size=len(tokenizer))
+
+
+def with_added(make: Callable[[], PreTrainedTokenizerFast], *tokens: AddedToken) -> PreTrainedTokenizerFast:
+    tokenizer = make()
+    tokenizer.backend_tokenizer.add_tokens(list(tokens))
+    return tokenizer
+
+
+def with_merges(change: Callable[[list[tuple[str, str]]], list[tuple[str, str]]], **options: Any) -> PreTrainedTokenizerFast:
+    vocabulary, merges = spaced_merges(False)
+    return sentencepiece("never", merges=change(every_pair(vocabulary, merges)), **options)
+
+
+def without_first(merges: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """A token that its own merges no longer make: that its parts may be put together is what llama.cpp goes by."""
+    long = next(left + right for left, right in merges if len(left + right) == 3)
+    return [merge for merge in merges if "".join(merge) != long]
+
+
+def torn_apart(merges: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """One of a token's merges at the end of the list."""
+    seen: set[str] = set()
+    again = next(m for m in merges if len(set("".join(m))) > 1 and ("".join(m) in seen or seen.add("".join(m))))  # type: ignore[func-returns-value]
+    return [m for m in merges if m != again] + [again]
+
+
+def longest_space() -> int:
+    return max(len(text) for text in spaced_merges(False)[0] if not text.strip("▁"))
+
+
+def changed(make: Callable[[], PreTrainedTokenizerFast], **model: Any) -> PreTrainedTokenizerFast:
+    spec = json.loads(make().backend_tokenizer.to_str())
+    spec["model"] |= model
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(spec)), eos_token="</s>")
 
 
 @pytest.mark.parametrize(
@@ -233,10 +225,21 @@ def config_for(tokenizer: Any) -> Any:
         (lambda: byte_level(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)), "pre-tokenizer"),
         (lambda: byte_level(split(QWEN2 + "|x")), "pre-tokenizer"),
         (lambda: byte_level(split(QWEN2), ignore_merges=True), "pre-tokenizer"),
+        (lambda: byte_level(split(TEKKEN)), "pre-tokenizer"),
         (lambda: byte_level(split(QWEN2), normalizer=normalizers.Lowercase()), "Lowercase"),
-        (lambda: sentencepiece(metaspace="always"), "Metaspace"),
+        (lambda: sentencepiece("always"), "Metaspace .prepend_scheme = 'always'"),
+        (lambda: with_added(lambda: byte_level(GPT2), AddedToken("<x>", single_word=True)), "'<x>' has single_word = true"),
+        (lambda: with_added(lambda: byte_level(GPT2), AddedToken("l>ab", normalized=False)), "'<tool>' and 'l>ab' overlap"),
+        (lambda: with_added(lambda: byte_level(GPT2), AddedToken("[<tool>]", normalized=True)), r"'<tool>' lies within '\[<tool>\]'"),
+        (lambda: with_added(sentencepiece, AddedToken("<x>", normalized=True)), "'<x>' is normalized to '▁<x>'"),
+        (lambda: with_added(sentencepiece, AddedToken("a\0b", normalized=False)), r"'a\\x00b' is empty or holds a NUL"),
+        (lambda: with_merges(without_first), "do not make the token"),
+        (lambda: with_merges(torn_apart), "apart in the list"),
+        (lambda: with_added(lambda: sentencepiece("gemma"), AddedToken("▁" * (longest_space() + 1), normalized=False)), "token '▁+' of its own"),
+        (lambda: changed(sentencepiece, dropout=0.1), "dropout = 0.1"),
+        (lambda: changed(lambda: byte_level(GPT2), dropout=0.1), "pre-tokenizer"),
     ],
-)
+)  # fmt: skip
 def test_what_llama_cpp_cannot_do_exactly_is_refused(make: Callable[[], Any], word: str) -> None:
     tokenizer = make()
     with pytest.raises(UserError, match=word):
