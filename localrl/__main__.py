@@ -1,0 +1,5 @@
+"""`python -m localrl` is `localrl`."""
+
+from localrl.cli import main
+
+main()

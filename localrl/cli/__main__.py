@@ -1,0 +1,3 @@
+from localrl.cli import main
+
+main()
