@@ -29,6 +29,7 @@ FLOORS = [
     {"comparison"},
     {"demo"},
     {"cli"},
+    {"__main__"},
 ]
 NEIGHBOURS = {
     ("algebra", "batch"), ("engines", "policy"), ("policy", "engines"), ("engines", "export"), ("export", "policy"),

@@ -20,7 +20,7 @@ from statistics import median
 import torch
 
 from bench.memory.cases import UNBOUNDED, Case, draw, model_of
-from bench.memory.truth import model_tensors, policy_tensors, scored
+from bench.memory.truth import model_tensors, policy_tensors, scored, worst_requests
 from localrl.batch import Readout, collate
 from localrl.config import Run
 from localrl.engines.torch import TorchEngine
@@ -115,12 +115,13 @@ def within(case: Case, run: Run, plan: MemoryPlan) -> tuple[Scarce, str]:
     policy.model.generation_config.eos_token_id = policy.model.get_base_model().generation_config.eos_token_id = None
     engine = TorchEngine(policy.model, policy.tokenizer, run.rollout, 0, kv_cache=choice.kv_cache)
     policy.limits = engine.limits = Limits()
+    uneven, whole = worst_requests(case, policy), case.requests()
     memory = Scarce(most=plan.card.usable)
     memory.adopt([*model_tensors(policy.model), *policy_tensors(policy)])
     try:
         with memory:
-            rollouts = engine.generate(case.requests(), 0, settings=run.rollout.model_copy(update={"concurrent": choice.concurrent}))
-            batch = collate([scored(rollout, i, case.rewards) for i, rollout in enumerate(rollouts)], weights, case.response, LATE)
+            rollouts = engine.generate(uneven, 0, settings=run.rollout.model_copy(update={"concurrent": choice.concurrent}))
+            batch = collate([scored(rollout, i, case.rewards, whole[i]) for i, rollout in enumerate(rollouts)], weights, case.response, LATE)
             parts = plan.split(batch.sequence_length)
             readout = policy.read_whole(batch, algorithm.reads_before, parts) if algorithm.reads_before else Readout()
             credit = algorithm.credit(batch, readout)

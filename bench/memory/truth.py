@@ -167,8 +167,7 @@ def measure(case: Case, plan: MemoryPlan, folder: Path, traces: dict[str, Trace]
     note("load", mapped, trace)
     policy.tokenizer.eos_token = None
     policy.model.generation_config.eos_token_id = policy.model.get_base_model().generation_config.eos_token_id = None
-    padded = misfit(policy.model, case.prompt + case.response) is not None             # its own forward pass then needs a mask
-    requests, whole = case.requests(shorter=int(padded)), case.requests()
+    requests, whole = worst_requests(case, policy), case.requests()
     before = storages(*policy_tensors(policy))
     engine = TorchEngine(policy.model, policy.tokenizer, run.rollout, 0, kv_cache=choice.kv_cache)
     with traced() as trace:
@@ -202,6 +201,11 @@ def measure(case: Case, plan: MemoryPlan, folder: Path, traces: dict[str, Trace]
             write(folder / "merged.gguf", family_of(lm.config).arch, {}, model_sources(policy.model, "policy"), "f16", None)
         note("export", before, trace)
     return peaks
+
+
+def worst_requests(case: Case, policy: Policy) -> list[Request]:
+    """What takes most to sample: for a model's own forward pass prompts that are not of one length, since it then needs a mask."""
+    return case.requests(shorter=int(misfit(policy.model, case.prompt + case.response) is not None))
 
 
 def scored(rollout: Rollout, number: int, rewards: int, request: Request | None = None) -> Rollout:
