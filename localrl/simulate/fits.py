@@ -11,7 +11,7 @@ import torch
 
 from localrl.config import Run
 from localrl.devices import Kind
-from localrl.memory.fit import SAMPLED_AT_ONCE, Mode, pass_variables, wave_variables
+from localrl.memory.fit import NORM_TOKENS, SAMPLED_AT_ONCE, Mode, pass_variables, wave_variables
 from localrl.memory.lines import Feature, Lines, Variables
 from localrl.simulate.counter import Event
 from localrl.simulate.phases import Pass, Rehearsal, WaveOf
@@ -75,7 +75,7 @@ def _design(depths: tuple[int, ...], tiled: bool, row: int | None) -> list[dict[
     few, *more = depths
     unit, rest = (row, row // 4) if row else (256, 64)
     base = {"layers": few, "tokens": 4 * unit, "read": 4 * rest, "chunk": 2 * rest, "tile": 2 * unit if tiled else 0}
-    short = 2 * unit if row else 3 * unit // 2                       # fewer than a norm takes at a time
+    short = 3 * unit // 2 if not row else unit if 2 * unit > NORM_TOKENS else 2 * unit      # fewer than a norm takes at a time, if rows can be
     few_tokens = {"tokens": short, "read": 4 * rest, "tile": short // 2 if tiled else 0}
     longer = {"tokens": 6 * unit, "read": 6 * rest}
     changes: list[dict[str, int]] = [{}, longer, {"read": 8 * rest}, {"chunk": 4 * rest, "read": 8 * rest}, few_tokens]

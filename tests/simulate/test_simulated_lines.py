@@ -74,6 +74,21 @@ def _trains(family: str, quantization: str, device: Kind, algorithm: str, mode: 
     assert lines["optimiser"].at(at) == pytest.approx(whole.update().peak, rel=1e-3)
 
 
+def test_training_on_rows_that_pass_the_window() -> None:
+    """One row by itself and several: a norm takes 512 tokens at a time, which is more than the one row has."""
+    row = 284
+    config = cut(AutoConfig.for_model("gemma3_text", **SIZES, head_dim=32, sliding_window=64), 4)
+    run, mode = a_run("nf4"), Mode(True, False, False)
+    lines = training_lines(config, run, torch.float32, "cpu", mode, mode.depths(ModelShape.read(config.to_dict())), row)
+    whole = Rehearsal(config, run, torch.float32, "cpu", checkpointing=True)
+    whole.make_gradients()
+    whole.turn(head_chunk=64, mlp_tile=0)
+    for rows in (1, 3):
+        at, work = pass_variables(4, rows * row, rows * row // 4, 64, 0), Pass(rows, row - row // 4, row // 4)
+        assert lines["scoring"].at(at) == pytest.approx(whole.scoring(work, frozenset({"logp"})).peak, rel=0.01)
+        assert lines["backward"].at(at) == pytest.approx(whole.backward(work).peak, rel=0.01)
+
+
 @pytest.mark.parametrize("case", SAMPLED.values(), ids=SAMPLED)
 def test_waves_at_other_sizes(case: tuple[str, str, Kind, Any]) -> None:
     _samples(*case, layers=5)
