@@ -108,7 +108,7 @@ def rollout_lines(
     vocab, window = config.get_text_config().vocab_size, getattr(config.get_text_config(), "sliding_window", None)
     kinds = _layer_counts(config) if lengths else ((2, 0), (3, 0))
     if config.get_text_config().num_hidden_layers == 1:              # as it is: its first layer is its last
-        kinds = (kinds[0][0] and 1, kinds[0][1] and 1),
+        kinds = ((min(1, kinds[0][0]), min(1, kinds[0][1])),)
     features = tuple(f for f in OWN_FORWARD if _told(f, kinds)) if lengths else ROLLOUT
     features = tuple(f for f in features if len(kinds) > 1 or not LAYERED & set(f))
     rehearsals = {kind: Rehearsal(cut(config, sum(kind), kind[1] if lengths else None), run, dtype, device, checkpointing=True) for kind in kinds}
