@@ -36,7 +36,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lock = FileLock(path / "lock", blocking=False)
+        self._lock = FileLock(path / "lock", timeout=1.0)                # onlookers take it for a moment: `localrl.status`
 
     # -- opening ------------------------------------------------------------------------------------------------------------
 

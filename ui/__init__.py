@@ -1,1 +1,1 @@
-"""The UI's room, installed as `localrl_ui`. Empty yet: see README.md."""
+"""The pages in the browser. They see runs through their folders and start commands; no model is ever loaded in this process."""

@@ -1,0 +1,97 @@
+"""A real browser on the real pages: the command as a person starts it, in a workspace of its own."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+QUIET = (
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync",
+)  # fmt: skip
+PATIENCE = 60_000
+"""Milliseconds that a page may take on a busy machine."""
+
+
+@dataclass
+class Served:
+    """The pages of one workspace."""
+
+    root: Path
+    url: str
+    process: subprocess.Popen[str]
+
+
+def serve(root: Path, *options: str, env: dict[str, str] | None = None) -> Served:
+    """`localrl ui ROOT` until it says where it listens."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "localrl", "ui", str(root), "--no-browser", *options], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env={**os.environ, "COLUMNS": "400", **(env or {})},
+    )  # fmt: skip
+    assert process.stdout is not None
+    said = []
+    for line in process.stdout:
+        said.append(line)
+        if found := re.search(r"localrl: (http://\S+)", line):
+            return Served(root, found[1], process)
+    raise AssertionError("".join(said))
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """The pages on a new workspace, one for each test file."""
+    it = serve(tmp_path_factory.mktemp("workspace"))
+    yield it
+    it.process.terminate()
+    it.process.wait(20)
+    assert it.process.stdout is not None
+    it.process.stdout.close()
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """Debian's Chromium, driven by Playwright."""
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine: apt install chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as driver:
+        yield driver.chromium.launch(executable_path=CHROMIUM, args=list(QUIET))
+
+
+@dataclass
+class Watched:
+    """What a page did beside what it was asked."""
+
+    outward: list[str]
+    errors: list[str]
+
+
+def open_page(browser: Any, width: int = 1440, height: int = 900, dark: bool = False) -> tuple[Any, Watched]:
+    """A new tab, in a profile of its own. Whatever it asks of other machines, and every error it reports, is kept."""
+    page = browser.new_page(viewport={"width": width, "height": height}, color_scheme="dark" if dark else "light")
+    page.set_default_timeout(PATIENCE)
+    watched = Watched([], [])
+    page.on("request", lambda r: None if r.url.startswith(("data:", "blob:")) or "//127.0.0.1:" in r.url else watched.outward.append(r.url))
+    page.on("pageerror", lambda e: watched.errors.append(str(e)))
+    page.on("console", lambda m: watched.errors.append(m.text) if m.type == "error" else None)
+    return page, watched
+
+
+@pytest.fixture
+def page(browser: Any) -> Iterator[Any]:
+    """A tab; at its end it must have asked nothing of any other machine and reported no error."""
+    page, watched = open_page(browser)
+    yield page
+    page.close()
+    assert not watched.outward
+    assert not watched.errors

@@ -1,0 +1,31 @@
+"""How the pages look: system fonts, nothing fetched from anywhere, readable in light and dark and on a phone."""
+
+from __future__ import annotations
+
+import gradio as gr
+
+FONT = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
+MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
+COLOURS = ("#2563eb", "#d97706", "#16a34a", "#9333ea", "#dc2626", "#0891b2", "#be185d", "#65a30d")
+"""Of curves and of reward names, in their order; told apart by lightness as well."""
+
+
+def theme() -> gr.themes.Base:
+    """Fonts by name only: gradio's own theme would fetch them from elsewhere."""
+    return gr.themes.Default(primary_hue="blue", neutral_hue="slate", font=FONT, font_mono=MONO, radius_size="sm", spacing_size="md")
+
+
+CSS = """
+.gradio-container { max-width: 1280px !important; margin: 0 auto !important; }
+.bad { color: #b91c1c; font-weight: 600; } .dark .bad { color: #fca5a5; }
+.good { color: #15803d; font-weight: 600; } .dark .good { color: #86efac; }
+.quiet { color: var(--body-text-color-subdued); }
+.complaint { border-left: 4px solid #dc2626; padding: .4rem .8rem; background: var(--background-fill-secondary); border-radius: 4px; }
+.notice { border-left: 4px solid #2563eb; padding: .4rem .8rem; background: var(--background-fill-secondary); border-radius: 4px; }
+.wide { overflow-x: auto; }
+table.plain { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+table.plain th, table.plain td { padding: .35rem .6rem; text-align: left; border-bottom: 1px solid var(--border-color-primary); vertical-align: top; }
+table.plain td.number, table.plain th.number { text-align: right; white-space: nowrap; }
+pre.text { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; font-family: var(--font-mono); font-size: .85rem; }
+@media (max-width: 600px) { .gradio-container { padding: .5rem !important; } }
+"""

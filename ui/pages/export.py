@@ -1,0 +1,14 @@
+"""Export."""
+
+from __future__ import annotations
+
+import gradio as gr
+
+from ..place import Place
+
+TITLE, PATH = "Export", "/export"
+
+
+def build(place: Place) -> None:
+    """The page."""
+    gr.Markdown("# Export")

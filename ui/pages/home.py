@@ -1,0 +1,14 @@
+"""Runs."""
+
+from __future__ import annotations
+
+import gradio as gr
+
+from ..place import Place
+
+TITLE, PATH = "Runs", "/"
+
+
+def build(place: Place) -> None:
+    """The page."""
+    gr.Markdown("# Runs")
