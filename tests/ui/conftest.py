@@ -95,3 +95,14 @@ def page(browser: Any) -> Iterator[Any]:
     page.close()
     assert not watched.outward
     assert not watched.errors
+
+
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real run of the embedded model, three steps and two checkpoints. Copy it, do not change it (`shutil.copytree`)."""
+    root = tmp_path_factory.mktemp("trained")
+    small = ["rollout.prompts_per_step=4", "rollout.num_generations=4", "eval.limit=4", "eval.num_generations=2", "log.save_steps=2"]
+    command = [sys.executable, "-m", "localrl", "train", "--preset", "demo", "steps=3", *small, f"log.dir={root / 'tiny'}"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr + done.stdout
+    return root / "tiny"
