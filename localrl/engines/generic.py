@@ -108,16 +108,25 @@ def can_select(cache: Any) -> bool:
     return hasattr(cache, "batch_select_indices") and layers is not None and all(hasattr(layer, "batch_select_indices") for layer in layers)
 
 
+def _in_one_piece(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A copy: torch counts the strides of dimensions of size 1 too, which `contiguous` leaves as they are."""
+    return inputs[0].clone(memory_format=torch.contiguous_format), *inputs[1:]
+
+
 @contextmanager
 def decoding(model: nn.Module) -> Iterator[None]:
-    """For as long as the model's own forward pass decodes: activation checkpointing off, which in training mode would drop the cache, and MLPs in
-    one tile, so that what a wave needs does not depend on how training is done.
+    """For as long as the model's own forward pass decodes: activation checkpointing off, which in training mode would drop the cache, MLPs in
+    one tile, so that what a wave needs does not depend on how training is done, and last states in one piece for the output layer: of a slice through
+    several rows torch makes one product a row, for which oneDNN copies the layer's weight as often.
 
     Everything is put back at the end, also the tables that some rotary embeddings recompute for long sequences.
     """
     tiled: list[tuple[Any, int]] = [(m, tile) for m in model.modules() if isinstance(tile := getattr(m, "tile", None), int)]
     checkpointed = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
     tables = [(m, dict(vars(m)), [(n, b, b.clone()) for n, b in m._buffers.items() if b is not None]) for m in model.modules() if m._buffers]
+    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    layer = inner.get_output_embeddings()
+    whole = None if layer is None else layer.register_forward_pre_hook(_in_one_piece)
     try:
         for module in checkpointed:
             module.gradient_checkpointing = False  # type: ignore[assignment]
@@ -125,6 +134,8 @@ def decoding(model: nn.Module) -> Iterator[None]:
             module.tile = 0
         yield
     finally:
+        if whole is not None:
+            whole.remove()
         for module, tile in tiled:
             module.tile = tile
         for module in checkpointed:

@@ -104,6 +104,8 @@ class Rehearsal:
                 )  # fmt: skip
         self.kept = self.gradients = self.counter.now
         self._watch_layers(model.get_base_model().get_decoder().layers, checkpointing)
+        self._owing: dict[Tensor, int] = {}
+        """Gradients that the pass under way has yet to add to, and their bytes."""
         for _, parameter in self.policy.trainable():
             parameter.register_post_accumulate_grad_hook(self._paid)
 
@@ -120,7 +122,8 @@ class Rehearsal:
         self.gradients = self.counter.now
 
     def _paid(self, parameter: Tensor) -> None:
-        self.counter.owed -= parameter.nbytes
+        """Once: a loss of several sums adds to a gradient several times."""
+        self.counter.owed -= self._owing.pop(parameter, 0)
 
     def _watch_layers(self, layers: Any, checkpointing: bool) -> None:
         """Layers are no loop of ours: their hooks tell. When the backward pass computes them again (the last one first), our checkpointing does, and
@@ -160,7 +163,8 @@ class Rehearsal:
         credit = self.algorithm.credit(batch, Readout(*[torch.zeros(batch.mask.shape)] * 5))
         share = token_mean(batch.fresh)
         with self.mode, self.counter, pretending(self.device), self.counter.holding(batch.tensors), self.counter.recording() as events:
-            start, self.counter.owed = self.counter.now, sum(p.nbytes for _, p in self.policy.trainable() if p.grad is not None)
+            self._owing = {p: p.nbytes for _, p in self.policy.trainable() if p.grad is not None}
+            start, self.counter.owed = self.counter.now, sum(self._owing.values())
             for columns in watched("reading", self.algorithm.readings):
                 one_reading(self.algorithm, self.policy, batch, credit, share, columns, rows)
         return Trace(events, start, self.counter.peak)
