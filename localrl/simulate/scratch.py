@@ -43,8 +43,8 @@ def _flash_backward(args: Any, out: Any) -> int:
 
 
 def _repacked(args: Any, out: Any) -> int:
-    """Keys and values in bfloat16, laid out for matrix tiles where the processor has them and rows are 64 tokens or longer. Arguments: query (B, Hq, S, D), key,
-    value. What each thread holds beside that, 0.6 MiB at most for heads 64 wide, is left out: it does not grow with the work."""
+    """Keys and values in bfloat16, laid out for matrix tiles where the processor has them and rows are 64 tokens or longer. Arguments: query (B, Hq, S, D),
+    key, value. What each thread holds beside that, 0.6 MiB at most for heads 64 wide, is left out: it does not grow with the work."""
     query, key, value = args[:3]
     tiles = key.dtype == torch.bfloat16 and getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
     return int(key.nbytes + value.nbytes) if tiles and min(query.shape[2], key.shape[2]) >= 64 else 0
