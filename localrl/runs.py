@@ -8,6 +8,7 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,7 @@ def time_left(rows: Sequence[Mapping[str, Any]], steps: int) -> float | None:
     times = [float(row["timestamp"]) for row in rows if isinstance(row.get("timestamp"), int | float)]
     if len(times) < 2:
         return None
-    return max(0.0, statistics.median(b - a for a, b in zip(times, times[1:], strict=False))) * max(0, steps - _whole(rows[-1].get("step")))
+    return max(0.0, statistics.median(b - a for a, b in pairwise(times))) * max(0, steps - _whole(rows[-1].get("step")))
 
 
 def duration(seconds: float) -> str:

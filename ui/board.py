@@ -21,8 +21,9 @@ section, details { margin: 0 0 1.2rem; }
 h2 { font-size: 1.15rem; font-weight: 600; margin: .8rem 0 .4rem; }
 h3 { font-size: .95rem; font-weight: 600; margin: 0; }
 summary h2 { display: inline; }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 400px), 1fr)); gap: 12px; }
-figure { margin: 0; padding: .6rem .7rem; border: 1px solid var(--border-color-primary); border-radius: 6px; min-width: 0; background: var(--background-fill-primary); }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 350px), 1fr)); gap: 12px; }
+[data-key="rewards"] .cards { grid-template-columns: repeat(auto-fill, minmax(min(100%, 480px), 1fr)); }
+figure { margin: 0; padding: .6rem .7rem; border: 1px solid var(--border-color-primary); border-radius: 6px; min-width: 0; }
 figcaption p { margin: .1rem 0 .3rem; font-size: .8rem; line-height: 1.35; color: var(--body-text-color-subdued); overflow-wrap: anywhere; }
 """
 JS = """

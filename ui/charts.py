@@ -28,13 +28,15 @@ NOT_SHOWN = {"step", "timestamp"}
 TOTAL = "the total"
 
 SIGNALS = (
-    Picture("Entropy", "Nats a token: how undecided the policy is. It falls as the policy learns; near 0 all answers are alike and exploring ends.", ("entropy",)),
-    Picture("Distance from the start", "KL divergence from the untrained model, nats a token. It grows as the policy learns; a sudden rise is a warning.", ("kl",)),
+    Picture("Entropy", "Nats a token: how undecided the policy is. It falls with learning; near 0 all answers are alike and exploring ends.", ("entropy",)),
+    Picture("Distance from the start", "KL divergence from the untrained model, nats a token. It grows with learning; a sudden rise is a warning.", ("kl",)),
     Picture("Clipped updates", "Share of tokens whose update hit the clip range. Above 0.2 or so the steps are too large.", ("clip_ratio",)),
-    Picture("Groups that teach nothing", "Share of prompts whose answers all got the same reward, of those where rewards cancel, and of answers without any reward.",
-            ("frac_reward_zero_std", "frac_reward_cancelling", "frac_unscored")),
-    Picture("Length of answers", "Tokens: shortest, mean and longest of the step.", ("completions/mean_length", "completions/min_length", "completions/max_length")),
-    Picture("Cut or unfinished answers", "Share of answers that ran into the length limit. At 1 the model never ends by itself.", ("completions/clipped_ratio", "completions/unfinished")),
+    Picture("Groups that teach nothing", "Share of prompts whose answers all got the same reward, of those where rewards cancel, and of answers "
+            "without any reward. 0 is best.", ("frac_reward_zero_std", "frac_reward_cancelling", "frac_unscored")),
+    Picture("Length of answers", "Tokens: mean, shortest and longest of the step.",
+            ("completions/mean_length", "completions/min_length", "completions/max_length")),
+    Picture("Cut or unfinished answers", "Share of answers that ran into the length limit. At 1 the model never ends by itself.",
+            ("completions/clipped_ratio", "completions/unfinished")),
     Picture("Gradient", "Its length before clipping. Steady is good; spikes mean a step that was dominated by a few answers.", ("grad_norm",)),
     Picture("Loss", "What the update minimises. It says little about learning: look at the rewards.", ("loss",)),
     Picture("Learning rate", "As the schedule has it.", ("learning_rate",)),
@@ -100,9 +102,9 @@ def sections(drawing: Drawing) -> list[Section]:
     own = _own(drawing)
     found = [
         Section("rewards", "Rewards", tuple(_rewards(drawing))),
-        Section("signals", "Is it learning?", tuple(_pictures(drawing, SIGNALS, "signal"))),
-        Section("algorithm", f"Of {drawing.algorithm.name}" if drawing.algorithm else "", own),
-        Section("cost", "Time and memory", tuple([*_time(drawing), *_pictures(drawing, SPEED, "speed"), *_memory(drawing)])),
+        Section("signals", "Signals of learning", tuple(_pictures(drawing, SIGNALS, "signal"))),
+        Section("algorithm", f"The algorithm: {drawing.algorithm.name}" if drawing.algorithm else "", own),
+        Section("cost", "Time and memory", (*_time(drawing), *_pictures(drawing, SPEED, "speed"), *_memory(drawing))),
     ]
     return [section for section in [*found, Section("more", "More numbers", tuple(_more(drawing)), folded=True)] if section.charts]
 
@@ -116,8 +118,8 @@ def _rewards(drawing: Drawing) -> Iterator[Chart]:
         drawing.have("reward_std")
         data = [*_band(curves, "reward", "reward_std", COLOURS[0]), *_line(curves, "reward", TOTAL, COLOURS[0]),
                 *_held_out(drawing.evaluations, "eval/reward", "eval/reward/stderr", "held out", COLOURS[1])]
-        yield Chart("reward", "Total reward", "Mean of each step's answers; the band is their spread (one standard deviation). Dots: prompts it never trains on, "
-                    "with two standard errors. Up is good.", _figure(data, legend=True), 320)
+        yield Chart("reward", "Total reward", "Mean of each step's answers; the band is their spread (one standard deviation). Dots: prompts it never "
+                    "trains on, with two standard errors. Up is good.", _figure(data, legend=True), 320)
     names = [name for name in _in_order(drawing) if drawing.have(f"rewards/{name}/mean")]
     if names:
         data = []
@@ -172,7 +174,8 @@ def _pictures(drawing: Drawing, pictures: Sequence[Picture], kind: str, algorith
 def _lines(drawing: Drawing, names: Sequence[str], picture: Picture, algorithm: Algorithm | None) -> Figure:
     data: list[Figure] = []
     for name, colour in zip(names, _colours(), strict=False):
-        data += [*(_extent(drawing.curves, name, colour) if len(names) == 1 else ()), *_line(drawing.curves, name, _label(name, names, drawing.rewards), colour)]
+        data += _extent(drawing.curves, name, colour) if len(names) == 1 else []
+        data += _line(drawing.curves, name, _label(name, names, drawing.rewards), colour)
     figure = _figure(data, legend=len(names) > 1)
     for limit in picture.limits:
         value = getattr(algorithm, limit, None)
@@ -192,8 +195,9 @@ def _matrix(drawing: Drawing, names: Sequence[str]) -> Figure:
         values[i][j] = values[j][i] = round(float(known[-1]), 1) if len(known) else None
     labels = [text(_reward(i, drawing.rewards)) for i in range(size)]
     heat = {
-        "type": "heatmap", "z": values, "x": labels, "y": labels, "zmin": 0, "zmax": 180, "zmid": 90, "colorscale": [[0, "#16a34a"], [0.5, "#f3f4f6"], [1, "#dc2626"]],
-        "texttemplate": "%{z:.0f}°", "textfont": {"color": "#111827"}, "colorbar": {"title": {"text": "degrees"}, "thickness": 10}, "xgap": 2, "ygap": 2,
+        "type": "heatmap", "z": values, "x": labels, "y": labels, "zmin": 0, "zmax": 180, "zmid": 90,
+        "colorscale": [[0, "#16a34a"], [0.5, "#f3f4f6"], [1, "#dc2626"]], "texttemplate": "%{z:.0f}°", "textfont": {"color": "#111827"},
+        "colorbar": {"title": {"text": "degrees"}, "thickness": 10}, "xgap": 2, "ygap": 2,
     }  # fmt: skip
     figure = _figure([heat])
     figure["layout"]["yaxis"] |= {"autorange": "reversed", "type": "category"}
@@ -232,12 +236,16 @@ def _memory(drawing: Drawing) -> Iterator[Chart]:
                     _figure(data, legend=True))
     ratios = [name for name in there if name.endswith("_ratio")]
     if ratios:
-        data = [line for name, colour in zip(ratios, _colours(), strict=False) for line in _line(curves, name, _spoken(name.removesuffix("_ratio")), colour, smooth=False)]
+        data = [
+            line for name, colour in zip(ratios, _colours(), strict=False)
+            for line in _line(curves, name, _spoken(name.removesuffix("_ratio")), colour, smooth=False)
+        ]  # fmt: skip
         figure = _figure(data, legend=True)
         figure["layout"]["shapes"] = [_across(1.0)]
         yield Chart("memory-ratio", "Measured over planned", "1: exactly as planned. Above it the plan was too small, far below it room is wasted.", figure)
     if retries:
-        yield Chart("oom", "Passes repeated for lack of memory", "How often a pass was made smaller and done again, so far. 0 is good; rising means the plan is too tight.",
+        yield Chart("oom", "Passes repeated for lack of memory", "How often a pass was made smaller and done again, so far. 0 is good; rising means that "
+                    "the plan is too tight.",
                     _figure([*_line(curves, RETRIES, "repeats", COLOURS[4], smooth=False)]), 200)
 
 
@@ -306,8 +314,8 @@ def _filled(steps: Numbers, low: Numbers, high: Numbers, colour: str, group: str
         return []
     x = _whole(steps[known])
     return [{
-        "type": "scatter", "mode": "lines", "x": x + x[::-1], "y": _short(high[known]) + _short(low[known])[::-1], "fill": "toself", "fillcolor": _faint(colour, 0.14),
-        "line": {"width": 0}, "hoverinfo": "skip", "showlegend": False, "legendgroup": text(group),
+        "type": "scatter", "mode": "lines", "x": x + x[::-1], "y": _short(high[known]) + _short(low[known])[::-1], "fill": "toself",
+        "fillcolor": _faint(colour, 0.14), "line": {"width": 0}, "hoverinfo": "skip", "showlegend": False, "legendgroup": text(group),
     }]  # fmt: skip
 
 
@@ -316,12 +324,27 @@ def _figure(data: list[Figure], legend: bool = False) -> Figure:
     layout = {
         "uirevision": "keep",                                        # a zoom outlives new data
         "margin": {"l": 8, "r": 8, "t": 8, "b": 8}, "paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)", "font": {"color": GREY, "size": 12},
-        "xaxis": {**axis, "title": {"text": "step", "standoff": 4}, "tickformat": ",d"}, "yaxis": axis, "hovermode": "x unified", "showlegend": legend,
+        "xaxis": {**axis, **_steps_axis(data)}, "yaxis": {**axis, **_values_axis(data)}, "hovermode": "x unified", "showlegend": legend,
         "legend": {"orientation": "h", "y": -0.25, "x": 0}, "dragmode": "zoom",
     }  # fmt: skip
-    if data and all(len(trace.get("x", ())) < 12 for trace in data):
-        layout["xaxis"]["dtick"] = 1 if max((max(t["x"]) - min(t["x"]) for t in data if t.get("x") and t["type"] == "scatter"), default=99) < 12 else None
     return {"data": data, "layout": layout}
+
+
+def _steps_axis(data: Sequence[Figure]) -> Figure:
+    """Whole steps, also where there are but a few."""
+    steps = [step for trace in data if trace["type"] == "scatter" for step in trace["x"]]
+    few = {"dtick": 1} if steps and max(steps) - min(steps) < 10 else {}
+    return {"title": {"text": "step", "standoff": 4}, "tickformat": ",d", **few}
+
+
+def _values_axis(data: Sequence[Figure]) -> Figure:
+    """From 0 on where that is near; Plotly would draw what is always the same around it, down to -1."""
+    values = [value for trace in data if trace["type"] == "scatter" for value in trace["y"]]
+    if not values or min(values) < 0:
+        return {}
+    if min(values) == max(values):
+        return {"range": [0, 2 * max(values) or 1]}
+    return {"rangemode": "tozero"} if min(values) < max(values) / 2 else {}
 
 
 def _across(value: float) -> Figure:
@@ -339,6 +362,11 @@ def smoothed(values: Sequence[float], span: int = SPAN) -> list[float]:
     return [sum(window) / len(window) for window in windows]
 
 
+CALLED = {"frac_reward_zero_std": "all the same", "frac_reward_cancelling": "cancelling", "frac_unscored": "no reward", "completions/clipped_ratio": "cut",
+          "completions/unfinished": "go on"}
+"""Metrics whose names say little to somebody who sees them first."""
+
+
 def _label(name: str, among: Sequence[str], rewards: Sequence[str]) -> str:
     """What tells a metric from those beside it; a number in the middle is a reward's.
 
@@ -347,6 +375,8 @@ def _label(name: str, among: Sequence[str], rewards: Sequence[str]) -> str:
     >>> _label("tba/age", ["tba/age", "buffer/size"], [])
     'tba age'
     """
+    if name in CALLED:
+        return CALLED[name]
     parts = name.split("/")
     numbers = [part for part in parts[1:-1] if re.fullmatch(r"\d+(-\d+)?", part)]
     if numbers:

@@ -211,7 +211,8 @@ def _folded(spans: Sequence[tuple[str, float]]) -> str:
     if length <= 1.2 * FOLD:
         return f'<pre class="text">{"".join(_span(*span) for span in spans)}</pre>'
     first, rest = _cut(spans)
-    return (f'<pre class="text">{"".join(_span(*span) for span in first)}</pre><details class="rest"><summary>the other {length - FOLD:,} of {length:,} characters</summary>'
+    told = f"the other {length - FOLD:,} of {length:,} characters"
+    return (f'<pre class="text">{"".join(_span(*span) for span in first)}</pre><details class="rest"><summary>{told}</summary>'
             f'<pre class="text">{"".join(_span(*span) for span in rest)}</pre></details>')
 
 

@@ -127,22 +127,28 @@ def _average(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
 # -- as a page has it -----------------------------------------------------------------------------------------------------------
 
 
-def panel(findings: Findings, numbers: Sequence[Number], algorithm: Algorithm) -> str:
-    """HTML."""
-    if not numbers:
+CHECKED = (
+    "the gradient is finite; answers end by themselves; the sampler agrees with the policy; memory keeps to its plan and does not creep; rewards differ within "
+    "groups and do not cancel; no reward fails; entropy has not collapsed; the own alarms of the algorithm"
+)
+
+
+def panel(findings: Findings, measured: bool) -> str:
+    """HTML: what is the matter now, or what was checked."""
+    if not measured:
         return html.notice("Nothing to judge yet: the first step is not done.")
-    parts = [f'<div class="complaint finding">{html.text(_sentence(said))}</div>' for said in findings.standing]
-    if not parts:
-        parts = ['<div class="notice finding"><span class="good">All well.</span> Checked: the gradient is finite; answers end by themselves; the sampler agrees with the policy; '
-                 "memory keeps to its plan and does not creep; rewards differ within groups and do not cancel; no reward fails; entropy has not collapsed; "
-                 f"the own alarms of {html.text(algorithm.name)}.</div>"]
-    if findings.earlier:
-        items = "".join(f"<li>step {step}: {html.text(said)}</li>" for step, said in findings.earlier[-10:])
-        parts.append(f"<details><summary>Earlier, and over by now ({len(findings.earlier)})</summary><ul>{items}</ul></details>")
+    said = "".join(f'<div class="complaint finding">{html.text(_sentence(one))}</div>' for one in findings.standing)
+    return said or f'<div class="notice finding"><span class="good">All well.</span> Checked: {CHECKED}.</div>'
+
+
+def details(findings: Findings, numbers: Sequence[Number]) -> str:
+    """HTML: the plain numbers, and what was the matter before."""
     marks = {"good": '<span class="good">good</span>', "look": '<span class="bad">look here</span>', "": ""}
     rows = [(n.what, n.now, n.start, n.normal, html.Markup(marks[n.verdict])) for n in numbers]
     caption = f"Means of the last {PATIENCE} steps, beside the first step."
-    return "".join(parts) + html.table(("what", "now", "at first", "normal", ""), rows, numbers=(1, 2), caption=caption)
+    table = html.table(("what", "now", "at first", "normal", "verdict"), rows, numbers=(1, 2), caption=caption)
+    items = "".join(f"<li>step {step}: {html.text(said)}</li>" for step, said in findings.earlier[-10:])
+    return table + (f"<p>Earlier, and over by now:</p><ul>{items}</ul>" if items else "")
 
 
 def _sentence(said: str) -> str:

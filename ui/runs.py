@@ -68,7 +68,7 @@ class Row:
         if status is None:
             return ""
         if status.stands == "crashed":
-            return f"its process is gone without a word; {'resume goes on from step ' + str(status.saved) if status.resumable else 'nothing was saved to go on from'}"
+            return "its process is gone without a word; " + (f"resume goes on from step {status.saved}" if status.resumable else "nothing was saved to go on from")
         return "" if status.message == "interrupted" else status.message
 
 
@@ -79,12 +79,16 @@ def rows(place: Place) -> list[Row]:
     for summary in summaries(place.root):
         name = place.shown(summary.folder)
         job = newest.pop(name, None)
-        loading = job is not None and summary.status is not None and not summary.status.alive and job.state == "running" and summary.status.stands != "crashed"
-        found.append((summary.begun, Row(name, "starting" if loading else summary.stands, summary, job)))
+        found.append((summary.begun, Row(name, "starting" if loading(summary, job) else summary.stands, summary, job)))
     for name, job in newest.items():
         if job.state != "done":
             found.append((_began(job), Row(name, "starting" if job.state == "running" else "not started", None, job)))
     return [row for _, row in sorted(found, key=lambda pair: pair[0], reverse=True)]
+
+
+def loading(summary: Summary, job: Job | None) -> bool:
+    """Is it about to go on, and has not taken hold of its folder yet?"""
+    return job is not None and summary.status is not None and not summary.status.alive and job.state == "running"
 
 
 def job_of(place: Place, name: str) -> Job | None:
@@ -189,8 +193,8 @@ def listed(found: Sequence[Row]) -> str:
 
 
 EMPTY = (
-    '<div class="empty"><h2>No runs here yet</h2><p>A run teaches a language model with rewards. The embedded demo model learns to add in a few minutes on any machine, '
-    'and shows everything these pages can do.</p><p><a class="do first" href="/new">Start the demo run</a></p>'
+    '<div class="empty"><h2>No runs here yet</h2><p>A run teaches a language model with rewards. The embedded demo model learns to add in a few minutes '
+    'on any machine, and shows everything these pages can do.</p><p><a class="do first" href="/new">Start the demo run</a></p>'
     '<p class="quiet">With a model and data of your own: first define what is good in the <a href="/lab">reward lab</a>.</p></div>'
 )
 
@@ -210,7 +214,7 @@ def sparkline(values: Sequence[float]) -> str:
         f"{2 + i * (width - 4) / (len(values) - 1):.1f},{height - 3 - (v - low) / ((high - low) or 1.0) * (height - 6):.1f}" for i, v in enumerate(values)
     )
     told = f"reward from {values[0]:.3g} to {values[-1]:.3g}"
-    return (f'<svg class="spark" width="{width}" height="{height}" viewBox="0 0 {width} {height}" role="img" aria-label="{told}"><title>{told}</title>'
+    return (f'<svg class="spark" width="{width}" height="{height}" viewBox="0 0 {width} {height}" role="img" aria-label="{told}">'
             f'<polyline points="{points}" fill="none" stroke="#2563eb" stroke-width="1.5" stroke-linejoin="round"/></svg>')
 
 

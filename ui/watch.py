@@ -18,7 +18,7 @@ from . import charts, findings
 from .html import complaint, notice, text
 from .jobs import Job
 from .place import Place
-from .runs import Row, badge, job_of, link, progress
+from .runs import Row, badge, job_of, link, loading, progress
 from .tail import Tail, tail
 
 LOG_LINES = 40
@@ -47,9 +47,7 @@ def view(place: Place, name: str) -> View:
     folder, job = place.inside(name), job_of(place, name)
     if (folder / "run.toml").is_file():
         summary = summarise(folder)
-        working = job is not None and job.state == "running"
-        loading = working and summary.status is not None and not summary.status.alive and summary.status.stands != "crashed"
-        return View(Row(name, "starting" if loading else summary.stands, summary, job), folder)
+        return View(Row(name, "starting" if loading(summary, job) else summary.stands, summary, job), folder)
     if job is None:
         raise UserError(f"there is no run {name} in {place.root}: it was deleted or renamed; pick another above")
     return View(Row(name, "starting" if job.state == "running" else "not started", None, job), folder)
@@ -74,7 +72,8 @@ def header(seen: View) -> str:
         left = time_left([*tail(seen.folder).recent][-20:], summary.steps) if row.alive else None
         told = [f"step {summary.step:,} of {summary.steps:,}"]
         told += [f"about {duration(left)} left"] if left is not None else []
-        told += [f"{summary.algorithm} on {summary.model}", f"checkpoint of step {summary.status.saved:,}" if summary.status.saved is not None else "no checkpoint yet"]
+        saved = summary.status.saved
+        told += [f"{summary.algorithm} on {summary.model}", "no checkpoint yet" if saved is None else f"checkpoint of step {saved:,}"]
         parts.append(progress(summary.step, summary.steps) + f'<p class="told">{text(" · ".join(told))}</p>')
         parts.append(_fate(seen))
         parts.append(_links(seen))
@@ -95,11 +94,11 @@ def _fate(seen: View) -> str:
         since = f" since {_clock(status.beat)}" if status.beat else ""
         who = f"pid {status.pid} is gone{since} without a word" if status.pid else "its process is gone without a word"
         way = f"resume goes on from step {status.saved}" if status.resumable else "nothing was saved to go on from: clone it and start afresh"
-        failed = f" The last attempt to resume failed: {row.job.complaint()}." if row.job is not None and row.job.complaint() and row.job.code not in (None, -9) else ""
-        return wrong + complaint(f"crashed: {who} (killed, out of memory, or the machine went down); {way}.{failed}")
+        return wrong + complaint(f"crashed: {who} (killed, out of memory, or the machine went down); {way}")
     if row.stands == "silent":
         quiet = duration(time.time() - (status.beat or time.time()))
-        return wrong + complaint(f"pid {status.pid} lives and has said nothing for {quiet} (2 min is normal at most): a long phase, or it hangs; stop it if this goes on")
+        return wrong + complaint(f"pid {status.pid} lives and has said nothing for {quiet} (at most 2 min are normal): a long phase, or it hangs; "
+                                 "stop it if this goes on")
     if row.message and row.message != (seen.summary.wrong if seen.summary else ""):
         return wrong + complaint(row.message)
     return wrong
@@ -132,8 +131,8 @@ def log(job: Job | None) -> str:
 # -- numbers --------------------------------------------------------------------------------------------------------------------
 
 
-def numbers(seen: View, followed: Tail) -> tuple[list[dict[str, Any]], str]:
-    """The board of charts and the panel on learning. The run's metrics were read before."""
+def numbers(seen: View, followed: Tail) -> tuple[list[dict[str, Any]], str, str]:
+    """The board of charts, the panel on learning and its numbers. The run's metrics were read before."""
     run = settings(seen.folder)
     algorithm: Algorithm | None = findings.calibrated(seen.folder, run.algorithm) if run is not None else None
     with followed.lock:
@@ -141,11 +140,12 @@ def numbers(seen: View, followed: Tail) -> tuple[list[dict[str, Any]], str]:
         drawing = charts.Drawing(followed.curves, followed.evaluations, names, algorithm)
         board = [section.as_dict() for section in charts.sections(drawing)]
         if algorithm is None:
-            return board, notice("This run's settings are not understood by this version, so that nothing can be said on why it learns or does not.")
-        panel = findings.panel(findings.find(followed, names, algorithm), findings.plain_numbers(followed), algorithm)
+            return board, notice("This run's settings are not understood by this version: nothing can be said on why it learns or does not."), ""
+        found = findings.find(followed, names, algorithm)
+        panel, details = findings.panel(found, bool(followed.recent)), findings.details(found, findings.plain_numbers(followed))
     if followed.damaged:
         panel = complaint(f"{followed.damaged} damaged lines in its metrics were passed over (a full disk, or an edit by hand)") + panel
-    return board, panel
+    return board, panel, details
 
 
 def reward_names(run: Run | None, followed: Tail) -> list[str]:

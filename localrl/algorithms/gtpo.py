@@ -63,7 +63,7 @@ class GTPO(OnPolicy):
     pictures: ClassVar[tuple[Picture, ...]] = (
         Picture(
             "Tokens in conflict",
-            "Share of tokens that good and bad answers of one group share at an end: protected ones stand in a bad answer and are not punished, boosted ones in a good one.",
+            "Share of tokens with which good and bad answers of a group begin or end alike: protected ones stand in a bad answer, boosted ones in a good one.",
             ("gtpo/conflict_share", "gtpo/protected_share", "gtpo/boosted_share"),
         ),
         Picture(

@@ -23,8 +23,8 @@ IDLE = 15.0
 
 CSS = """
 ul.runs { list-style: none; margin: 0; padding: 0; display: grid; gap: 8px; }
-ul.runs li { display: grid; grid-template-columns: minmax(190px, 1.3fr) 190px minmax(150px, 1fr) minmax(130px, 1fr) auto; gap: 4px 16px; align-items: center; margin: 0;
-  padding: .6rem .8rem; border: 1px solid var(--border-color-primary); border-radius: 6px; background: var(--background-fill-primary); }
+ul.runs li { display: grid; grid-template-columns: minmax(190px, 1.3fr) 190px minmax(150px, 1fr) minmax(130px, 1fr) 250px; gap: 4px 16px;
+  align-items: center; margin: 0; padding: .6rem .8rem; border: 1px solid var(--border-color-primary); border-radius: 6px; }
 h2 { font-size: 1rem; font-weight: 600; margin: 0; overflow-wrap: anywhere; }
 h2 a, .empty a { color: var(--link-text-color); text-decoration: underline; text-underline-offset: 2px; }
 .name { display: flex; flex-wrap: wrap; gap: 2px 10px; align-items: center; }

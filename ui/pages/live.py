@@ -41,7 +41,11 @@ h3 { font-size: .95rem; font-weight: 600; margin: 0 0 .3rem; } h3 .quiet { font-
 .more { text-decoration: underline; text-underline-offset: 3px; } .less { text-decoration: underline dotted; text-underline-offset: 3px; }
 .legend { font-size: .85rem; margin: 0 0 .5rem; } .rest summary { cursor: pointer; font-size: .85rem; margin: .3rem 0; }
 """
-GO = "name => { if (name) { const at = new URL(location.href); at.search = '?run=' + encodeURIComponent(name); if (at.href !== location.href) location.assign(at); } }"
+GO = """name => {
+  const at = new URL(location.href);
+  at.search = '?run=' + encodeURIComponent(name);
+  if (name && at.href !== location.href) location.assign(at);
+}"""
 KEEP_STEP = """step => { const at = new URL(location.href); if (step) { at.searchParams.set('step', step); history.replaceState(history.state, '', at); } }"""
 
 
@@ -51,24 +55,25 @@ class Parts:
 
     header: gr.HTML
     stop: gr.Button
-    resume: gr.Group
+    resume: gr.Row
     steps: gr.Number
     log: gr.HTML
     board: gr.HTML
     panel: gr.HTML
+    details: gr.HTML
     timer: gr.Timer
     seen: gr.State
     """What was shown last: the version of the numbers, and how the run stood."""
 
     def all(self) -> list[Any]:
         """In the order in which `news` has them."""
-        return [self.header, self.stop, self.resume, self.steps, self.log, self.board, self.panel, self.timer, self.seen]
+        return [self.header, self.stop, self.resume, self.steps, self.log, self.board, self.panel, self.details, self.timer, self.seen]
 
 
 def build(place: Place) -> None:
     """The page."""
     gr.Markdown("# Live run")
-    picker = gr.Dropdown([], label="Run", info="Newest first.", interactive=True, elem_id="live-picker")
+    picker = gr.Dropdown([], label="Run (newest first)", interactive=True, elem_id="live-picker")
     picker.input(None, picker, None, js=GO, **QUIET)
     name = gr.State("")
     with gr.Column(visible=False) as body:
@@ -100,9 +105,9 @@ def news(place: Place, name: str, seen: dict[str, Any] | None) -> list[Any]:
     try:
         view = watch.view(place, name)
     except UserError as error:
-        return [complaint(error), gr.Button(visible=False), gr.Group(visible=False), gr.skip(), gr.skip(), gr.skip(), gr.skip(), gr.Timer(active=False), seen]
+        return [complaint(error), gr.Button(visible=False), gr.Row(visible=False), *[gr.skip()] * 5, gr.Timer(active=False), seen]
     row, before = view.row, seen or {}
-    version, numbers = before.get("version"), [gr.skip(), gr.skip()]
+    version, numbers = before.get("version"), [gr.skip()] * 3
     if view.there:
         followed = tail(view.folder)
         version = followed.read()
@@ -113,7 +118,7 @@ def news(place: Place, name: str, seen: dict[str, Any] | None) -> list[Any]:
     steps = max(view.summary.steps, view.summary.step) if changed and view.summary is not None else None
     return [
         now["header"] if now["header"] != before.get("header") else gr.skip(),
-        gr.Button(visible=row.alive) if changed else gr.skip(), gr.Group(visible=row.resumable) if changed else gr.skip(),
+        gr.Button(visible=row.alive) if changed else gr.skip(), gr.Row(visible=row.resumable) if changed else gr.skip(),
         steps if steps is not None else gr.skip(), now["log"] if now["log"] != before.get("log") else gr.skip(), *numbers,
         gr.Timer(active=row.alive) if changed else gr.skip(), now,
     ]  # fmt: skip
@@ -124,15 +129,17 @@ def _top(place: Place, name: gr.State) -> Parts:
     header = gr.HTML(css_template=CSS + DO, apply_default_css=False, elem_id="live-header")
     said = gr.HTML(css_template=CSS, apply_default_css=False, elem_id="live-said")
     stop = gr.Button("Stop (saves a checkpoint)", visible=False, elem_id="live-stop", size="sm")
-    with gr.Group(visible=False, elem_id="live-resume-group") as resume, gr.Row(equal_height=True):
-        steps = gr.Number(label="Steps in all", info="More than before lengthens the run.", precision=0, minimum=1, elem_id="live-steps")
-        go_on = gr.Button("Resume", variant="primary", elem_id="live-resume")
+    with gr.Row(visible=False, elem_id="live-resume-group", equal_height=False) as resume:
+        steps = gr.Number(label="Steps in all (more lengthens the run)", precision=0, minimum=1, min_width=220, scale=0, elem_id="live-steps")
+        go_on = gr.Button("Resume", variant="primary", min_width=140, scale=0, elem_id="live-resume")
     gr.Markdown("## Why is it not learning?")
     panel = gr.HTML(css_template=CSS, apply_default_css=False, elem_id="live-panel")
+    with gr.Accordion("The numbers behind it", open=False, elem_id="live-details-box"):
+        details = gr.HTML(css_template=CSS, apply_default_css=False, elem_id="live-details")
     with gr.Accordion("What it says", open=False, elem_id="live-log-box"):
         log = gr.HTML(css_template=CSS, apply_default_css=False, elem_id="live-log")
     charts = board("live-board")
-    parts = Parts(header, stop, resume, steps, log, charts, panel, gr.Timer(SECONDS, active=False), gr.State(None))
+    parts = Parts(header, stop, resume, steps, log, charts, panel, details, gr.Timer(SECONDS, active=False), gr.State(None))
 
     def stopped(run: str) -> str:
         try:
@@ -183,7 +190,7 @@ def _completions(place: Place, name: gr.State) -> Chosen:
     outputs = [step, reward, page, about, shown]
 
     def look(run: str, at: float | None, by: str, *rest: Any) -> list[Any]:
-        *wishes, page_ = rest
+        order_, least_, most_, words_, grouped_, page_ = rest
         folder = place.inside(run) if run else place.root
         known = completions.steps(folder) if run else []
         chosen = completions.nearest(known, at)
@@ -192,8 +199,9 @@ def _completions(place: Place, name: gr.State) -> Chosen:
         rows = completions.read(folder, chosen)
         names = [TOTAL, *completions.reward_names(rows)]
         by = by if by in names else TOTAL
-        found = completions.show(rows, Wanted(by, *wishes, page=int(page_ or 1)))
-        told = f"{completions.numbered(known)} are there. Step {chosen:,}: {found.count} of {len(rows)} answers fit, {found.pages} page{'s' * (found.pages > 1)}."
+        found = completions.show(rows, Wanted(by, least_, most_, order_, bool(grouped_), words_ or "", int(page_ or 1)))
+        pages = f"{found.pages} page{'s' * (found.pages > 1)}"
+        told = f"{completions.numbered(known)} are there. Step {chosen:,}: {found.count} of {len(rows)} answers fit, {pages}."
         return [chosen, gr.Dropdown(choices=names, value=by), min(max(1, int(page_ or 1)), found.pages), f'<p class="quiet">{text(told)}</p>', found.html]
 
     def first(request: gr.Request, run: str, *rest: Any) -> list[Any]:
