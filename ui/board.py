@@ -29,7 +29,8 @@ figcaption p { margin: .1rem 0 .3rem; font-size: .8rem; line-height: 1.35; color
 JS = """
 const root = element.querySelector('.board');
 const coarse = window.matchMedia('(pointer: coarse)').matches;
-const options = { displaylogo: false, responsive: true, modeBarButtonsToRemove: ['select2d', 'lasso2d', 'toImage', 'autoScale2d'] };
+const buttons = [['zoom2d', 'pan2d', 'zoomIn2d', 'zoomOut2d', 'resetScale2d']];
+const options = { displaylogo: false, responsive: true, displayModeBar: coarse ? false : 'hover', modeBarButtons: buttons };
 
 function draw(plot) {
   const figure = plot.waiting;
@@ -72,7 +73,7 @@ function show() {
         const plot = make('div', node);
         plot.className = 'plot';
         plot.style.height = chart.height + 'px';
-        plot.setAttribute('role', 'img');
+        plot.setAttribute('role', 'group');
         eyes.observe(plot);
       });
       const plot = card.querySelector('.plot');

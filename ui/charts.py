@@ -312,9 +312,11 @@ def _filled(steps: Numbers, low: Numbers, high: Numbers, colour: str, group: str
     known = ~(_nan(low) | _nan(high))
     if known.sum() < 2:
         return []
-    x = _whole(steps[known])
+    x, top, bottom = _whole(steps[known]), high[known].tolist(), low[known].tolist()
+    if len(x) >= SMOOTHED:
+        top, bottom = smoothed(top), smoothed(bottom)
     return [{
-        "type": "scatter", "mode": "lines", "x": x + x[::-1], "y": _short(high[known]) + _short(low[known])[::-1], "fill": "toself",
+        "type": "scatter", "mode": "lines", "x": x + x[::-1], "y": _short(top) + _short(bottom)[::-1], "fill": "toself",
         "fillcolor": _faint(colour, 0.14), "line": {"width": 0}, "hoverinfo": "skip", "showlegend": False, "legendgroup": text(group),
     }]  # fmt: skip
 

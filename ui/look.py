@@ -13,6 +13,7 @@ COLOURS = ("#2563eb", "#d97706", "#16a34a", "#9333ea", "#dc2626", "#0891b2", "#b
 def theme() -> gr.themes.Base:
     """Fonts by name only: gradio's own theme would fetch them from elsewhere."""
     return gr.themes.Default(primary_hue="blue", neutral_hue="slate", font=FONT, font_mono=MONO, radius_size="sm", spacing_size="md").set(
+        button_primary_background_fill="#1d4ed8", button_primary_background_fill_hover="#1e40af",
         body_text_color_subdued="#52606d", body_text_color_subdued_dark="#a9b4c2",       # gradio's own are too faint to read
     )  # fmt: skip
 
@@ -25,6 +26,7 @@ CSS = """
 .complaint { border-left: 4px solid #dc2626; padding: .4rem .8rem; background: var(--background-fill-secondary); border-radius: 4px; }
 .notice { border-left: 4px solid #2563eb; padding: .4rem .8rem; background: var(--background-fill-secondary); border-radius: 4px; }
 .wide { overflow-x: auto; }
+.low { align-items: flex-end; }
 table.plain { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 table.plain th, table.plain td { padding: .35rem .6rem; text-align: left; border-bottom: 1px solid var(--border-color-primary); vertical-align: top; }
 table.plain td.number, table.plain th.number { text-align: right; white-space: nowrap; }

@@ -68,7 +68,8 @@ class Row:
         if status is None:
             return ""
         if status.stands == "crashed":
-            return "its process is gone without a word; " + (f"resume goes on from step {status.saved}" if status.resumable else "nothing was saved to go on from")
+            way = f"resume goes on from step {status.saved}" if status.resumable else "nothing was saved to go on from"
+            return f"its process is gone without a word; {way}"
         return "" if status.message == "interrupted" else status.message
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,7 +79,7 @@ def build(place: Place) -> None:
     name = gr.State("")
     with gr.Column(visible=False) as body:
         parts = _top(place, name)
-        chosen = _completions(place, name)
+        begin = _completions(place, name, parts.timer)
     nothing = gr.HTML(css_template=CSS + DO, elem_id="live-none")
 
     def opened(request: gr.Request) -> list[Any]:
@@ -96,7 +97,7 @@ def build(place: Place) -> None:
         return [choices, "", gr.Column(visible=False), said, *[gr.skip()] * (len(parts.all()) - 2), gr.Timer(active=False), None]
 
     loaded = on_load(opened, None, [picker, name, body, nothing, *parts.all()], **QUIET)
-    chosen.begin(loaded)
+    begin(loaded)
     parts.timer.tick(lambda run, seen: news(place, run, seen), [name, parts.seen], parts.all(), concurrency_limit=4, **QUIET)
 
 
@@ -128,7 +129,8 @@ def _top(place: Place, name: gr.State) -> Parts:
     """State and buttons, messages, troubles, charts."""
     header = gr.HTML(css_template=CSS + DO, apply_default_css=False, elem_id="live-header")
     said = gr.HTML(css_template=CSS, apply_default_css=False, elem_id="live-said")
-    stop = gr.Button("Stop (saves a checkpoint)", visible=False, elem_id="live-stop", size="sm")
+    with gr.Row():
+        stop = gr.Button("Stop (saves a checkpoint)", visible=False, min_width=220, scale=0, elem_id="live-stop")
     with gr.Row(visible=False, elem_id="live-resume-group", equal_height=False) as resume:
         steps = gr.Number(label="Steps in all (more lengthens the run)", precision=0, minimum=1, min_width=220, scale=0, elem_id="live-steps")
         go_on = gr.Button("Resume", variant="primary", min_width=140, scale=0, elem_id="live-resume")
@@ -162,19 +164,12 @@ def _top(place: Place, name: gr.State) -> Parts:
 # -- completions ----------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Chosen:
-    """How a page's completions are begun."""
-
-    begin: Any
-
-
-def _completions(place: Place, name: gr.State) -> Chosen:
-    """The browser of what the model wrote."""
+def _completions(place: Place, name: gr.State, timer: gr.Timer) -> Callable[[Any], None]:
+    """The browser of what the model wrote. Returns what is to be called with the page's load event."""
     gr.Markdown("## Completions")
-    with gr.Row():
-        step = gr.Number(label="Step", precision=0, minimum=0, min_width=110, elem_id="answers-step")
-        earlier, later, newest = (gr.Button(word, size="sm", min_width=80, elem_id=f"answers-{word.lower()}") for word in ("Earlier", "Later", "Newest"))
+    with gr.Row(elem_classes="low"):
+        step = gr.Number(label="Step", precision=0, minimum=0, min_width=110, scale=0, elem_id="answers-step")
+        earlier, later, newest = (gr.Button(word, min_width=90, scale=0, elem_id=f"answers-{word.lower()}") for word in ("Earlier", "Later", "Newest"))
     with gr.Row():
         reward = gr.Dropdown([TOTAL], value=TOTAL, label="Sort and filter by", min_width=150, elem_id="answers-reward")
         order = gr.Dropdown([*ORDERS], value="as sampled", label="Order", min_width=150, elem_id="answers-order")
@@ -185,7 +180,7 @@ def _completions(place: Place, name: gr.State) -> Chosen:
     about = gr.HTML(elem_id="answers-about")
     shown = gr.HTML(css_template=ANSWERS, apply_default_css=False, elem_id="answers")
     with gr.Row():
-        page = gr.Number(1, label="Page", precision=0, minimum=1, min_width=110, elem_id="answers-page")
+        page = gr.Number(1, label="Page", precision=0, minimum=1, min_width=110, scale=0, elem_id="answers-page")
     filters = [reward, order, least, most, words, grouped]
     outputs = [step, reward, page, about, shown]
 
@@ -206,7 +201,11 @@ def _completions(place: Place, name: gr.State) -> Chosen:
 
     def first(request: gr.Request, run: str, *rest: Any) -> list[Any]:
         asked = str(request.query_params.get("step", ""))
-        return look(run, int(asked) if asked.isdigit() else None, *rest)
+        return [None, None, *look(run, int(asked) if asked.isdigit() else None, *rest)]      # a number that was never told would be 0
+
+    def appeared(run: str, at: float | None, *rest: Any) -> list[Any]:
+        """The first completions of a run that had none."""
+        return look(run, None, *rest) if run and at is None and completions.steps(place.inside(run)) else [gr.skip()] * len(outputs)
 
     def moved(by: int) -> Any:
         def go(run: str, at: float | None, *rest: Any) -> list[Any]:
@@ -226,4 +225,9 @@ def _completions(place: Place, name: gr.State) -> Chosen:
     for button, by in ((earlier, -1), (later, 1)):
         button.click(moved(by), inputs, outputs, **QUIET).then(None, step, None, js=KEEP_STEP, **QUIET)
     newest.click(lambda run, at, *rest: look(run, None, *rest[:-1], 1), inputs, outputs, **QUIET).then(None, step, None, js=KEEP_STEP, **QUIET)
-    return Chosen(lambda loaded: loaded.then(first, [name, *filters, page], outputs, **QUIET))
+    timer.tick(appeared, inputs, outputs, **QUIET)
+
+    def begin(loaded: Any) -> None:
+        loaded.then(first, [name, *filters, page], [least, most, *outputs], **QUIET)
+
+    return begin
