@@ -136,7 +136,8 @@ def resume(place: Place, name: str, steps: float | None = None) -> Job:
         raise UserError(f"{name} holds no checkpoint to go on from: clone it and start afresh")
     if steps is not None and (steps != int(steps) or steps < 1):
         raise UserError(f"{steps:g} is no number of steps: give a whole one, more than the {status.saved} that are done")
-    if steps is not None and steps <= status.saved and status.stands == "finished":
+    owed = status.saved == status.steps and status.stands != "finished"          # its last evaluation
+    if steps is not None and steps <= status.saved and not (owed and steps == status.saved):
         raise UserError(f"{name} has done {status.saved} steps: give more than that to lengthen it")
     more = [] if steps is None or int(steps) == status.steps else ["--steps", str(int(steps))]
     return start(place, TRAIN, ["resume", str(folder), *more], name)

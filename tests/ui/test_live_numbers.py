@@ -284,6 +284,7 @@ def test_resume_refuses_in_a_sentence(trained_run: Path, tmp_path: Path) -> None
     shutil.rmtree(tmp_path / "r" / "checkpoint-3")
     with pytest.raises(UserError, match="no checkpoint"):
         runs.resume(place, "r", 9)
+    assert not (tmp_path / ".localrl" / "jobs").exists() or not [*(tmp_path / ".localrl" / "jobs").iterdir()]       # nothing was started
     with pytest.raises(UserError, match="not running"):
         runs.stop(place, "r")
     with pytest.raises(UserError, match="no run nowhere"):

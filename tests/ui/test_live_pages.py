@@ -23,7 +23,10 @@ SMALL = ["rollout.prompts_per_step=2", "rollout.num_generations=4", "eval.limit=
 ENDLESS = 100_000
 LONG = 120.0
 """Seconds that loading a model may take on a busy machine."""
-POINTS = "() => { const p = document.querySelector('#chart-reward .plot'); const t = p && p.data && p.data.find(t => t.name === 'the total'); return t ? t.x.length : 0 }"
+POINTS = """() => {
+  const plot = document.querySelector('#chart-reward .plot'), data = (plot && plot.data) || [];
+  return Math.max(0, ...data.filter(it => it.name === 'the total').map(it => it.x.length));
+}"""
 RANGE = "() => document.querySelector('#chart-reward .plot').layout.xaxis.range"
 
 
@@ -166,6 +169,7 @@ def test_stop_resume_and_delete_from_the_list(served: Served, page: Any, ended: 
     page.get_by_role("button", name="Resume runs/listed").click()
     page.locator("#runs-steps input").fill("1")
     page.locator("#runs-resume-go").click()
+    says(page, "#runs-said", f"has done {saved} steps")
     page.locator("#runs-steps input").fill(str(saved + 2))
     page.locator("#runs-resume-go").click()
     says(page, 'li[data-run="runs/listed"]', "finished")

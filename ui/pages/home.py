@@ -54,13 +54,13 @@ def build(place: Place) -> None:
     gr.Markdown("# Runs")
     said = gr.HTML(elem_id="runs-said")
     chosen = gr.State("")
-    with gr.Group(visible=False, elem_id="runs-resume") as resuming:
+    with gr.Column(visible=False, elem_id="runs-resume") as resuming:
         resume_about = gr.HTML(padding=True)
         with gr.Row():
             steps = gr.Number(label="Steps in all", info="More than before lengthens the run.", precision=0, minimum=1, elem_id="runs-steps")
             go_on = gr.Button("Resume", variant="primary", elem_id="runs-resume-go")
             leave = gr.Button("Not now")
-    with gr.Group(visible=False, elem_id="runs-delete") as deleting:
+    with gr.Column(visible=False, elem_id="runs-delete") as deleting:
         delete_about = gr.HTML(padding=True)
         with gr.Row():
             gone = gr.Button("Delete for good", variant="stop", elem_id="runs-delete-go")
@@ -86,11 +86,11 @@ def build(place: Place) -> None:
             if what == "resume":
                 status = look(place.inside(name))
                 about = f"<p><b>{text(name)}</b> goes on from its checkpoint of step {status.saved}.</p>"
-                return "", name, gr.Group(visible=True), about, max(status.steps, status.saved or 0), gr.Group(visible=False), ""
+                return "", name, gr.Column(visible=True), about, max(status.steps, status.saved or 0), gr.Column(visible=False), ""
             if what == "delete":
                 mib = runs.size(place.inside(name)) / 2**20
                 about = f"<p>Delete <b>{text(name)}</b> with its checkpoints, completions and exports ({mib:,.1f} MiB)? It cannot be brought back.</p>"
-                return "", name, gr.Group(visible=False), "", None, gr.Group(visible=True), about
+                return "", name, gr.Column(visible=False), "", None, gr.Column(visible=True), about
         except UserError as error:
             return _told(complaint(error))
         return _told("")
@@ -99,7 +99,7 @@ def build(place: Place) -> None:
         try:
             runs.resume(place, name, count)
         except UserError as error:
-            return complaint(error), name, gr.Group(), gr.HTML(), count, gr.Group(), gr.HTML()
+            return complaint(error), name, gr.Column(), gr.HTML(), count, gr.Column(), gr.HTML()
         return _told(notice(f"{name} goes on"))
 
     def delete(name: str) -> tuple[Any, ...]:
@@ -119,5 +119,5 @@ def build(place: Place) -> None:
 
 def _told(said: str) -> tuple[Any, ...]:
     """Say this, and close what was asked."""
-    return said, "", gr.Group(visible=False), "", None, gr.Group(visible=False), ""
+    return said, "", gr.Column(visible=False), "", None, gr.Column(visible=False), ""
 
