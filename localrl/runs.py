@@ -8,6 +8,7 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -63,13 +64,8 @@ def summaries(root: Path) -> list[Summary]:
 
 def summarise(folder: Path) -> Summary:
     """Never raises: what cannot be read is said in `wrong`."""
-    begun, wrong, settings = _made(folder), "", _settings(folder)
-    try:
-        read_run(folder)
-    except UserError as error:
-        wrong = f"its run.toml is not understood by this version: {error}"
-    except (OSError, UnicodeError) as error:
-        wrong = f"its run.toml cannot be read ({type(error).__name__}): delete the run, or put the file right"
+    begun = _made(folder)
+    settings, wrong = _settings(folder, _stamp(folder / "run.toml"))
     algorithm, model = str(_within(settings, "algorithm", "name")), str(_within(settings, "model", "path"))
     try:
         status = look(folder)
@@ -78,8 +74,7 @@ def summarise(folder: Path) -> Summary:
     except (OSError, ValueError, TypeError) as error:
         return Summary(folder, None, algorithm, model, begun=begun, wrong=f"its state.json is damaged ({type(error).__name__}): delete it and resume the run")
     steps = status.steps or _whole(settings.get("steps"))
-    rows = sampled(folder / "metrics.jsonl")
-    rewards = tuple(float(row["reward"]) for row in rows if isinstance(row.get("reward"), int | float))
+    rewards = _rewards(folder / "metrics.jsonl", _stamp(folder / "metrics.jsonl"))
     left = time_left(latest(folder / "metrics.jsonl"), steps) if status.alive else None
     return Summary(folder, status, algorithm, model, steps, rewards, left, begun, wrong)
 
@@ -158,12 +153,34 @@ def _made(folder: Path) -> float:
     return 0.0
 
 
-def _settings(folder: Path) -> dict[str, Any]:
-    """run.toml as it is; empty if it is not TOML."""
+def _stamp(path: Path) -> tuple[int, ...]:
+    """Changes with the file: what was read once is not read again at each look."""
     try:
-        return tomllib.loads((folder / "run.toml").read_text("utf-8"))
+        found = path.stat()
+    except OSError:
+        return ()
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+@lru_cache(maxsize=1024)
+def _settings(folder: Path, stamp: tuple[int, ...]) -> tuple[dict[str, Any], str]:
+    """run.toml as it is, empty if it is not TOML, and what is wrong with it."""
+    wrong = ""
+    try:
+        read_run(folder)
+    except UserError as error:
+        wrong = f"its run.toml is not understood by this version: {error}"
+    except (OSError, UnicodeError) as error:
+        wrong = f"its run.toml cannot be read ({type(error).__name__}): delete the run, or put the file right"
+    try:
+        return tomllib.loads((folder / "run.toml").read_text("utf-8")), wrong
     except (OSError, ValueError):
-        return {}
+        return {}, wrong
+
+
+@lru_cache(maxsize=1024)
+def _rewards(path: Path, stamp: tuple[int, ...]) -> tuple[float, ...]:
+    return tuple(float(row["reward"]) for row in sampled(path) if isinstance(row.get("reward"), int | float))
 
 
 def _within(settings: Mapping[str, Any], section: str, key: str) -> object:

@@ -47,6 +47,8 @@ element.addEventListener('click', event => {
   if (button) trigger('click', { act: button.dataset.act, run: button.dataset.run });
 });
 """
+ASKED = "() => { for (const it of document.querySelectorAll('#runs-steps input, #runs-delete-keep')) if (it.offsetParent) it.focus(); }"
+"""What was asked stands above the list, which may be long: go there."""
 
 
 def build(place: Place) -> None:
@@ -56,15 +58,15 @@ def build(place: Place) -> None:
     chosen = gr.State("")
     with gr.Column(visible=False, elem_id="runs-resume") as resuming:
         resume_about = gr.HTML(padding=True)
-        with gr.Row():
-            steps = gr.Number(label="Steps in all", info="More than before lengthens the run.", precision=0, minimum=1, elem_id="runs-steps")
-            go_on = gr.Button("Resume", variant="primary", elem_id="runs-resume-go")
-            leave = gr.Button("Not now")
+        with gr.Row(elem_classes="low"):
+            steps = gr.Number(label="Steps in all (more lengthens the run)", precision=0, minimum=1, min_width=260, scale=0, elem_id="runs-steps")
+            go_on = gr.Button("Resume", variant="primary", min_width=140, scale=0, elem_id="runs-resume-go")
+            leave = gr.Button("Not now", min_width=140, scale=0)
     with gr.Column(visible=False, elem_id="runs-delete") as deleting:
         delete_about = gr.HTML(padding=True)
         with gr.Row():
-            gone = gr.Button("Delete for good", variant="stop", elem_id="runs-delete-go")
-            keep = gr.Button("Keep it", elem_id="runs-delete-keep")
+            gone = gr.Button("Delete for good", variant="stop", min_width=160, scale=0, elem_id="runs-delete-go")
+            keep = gr.Button("Keep it", min_width=140, scale=0, elem_id="runs-delete-keep")
     listed = gr.HTML(css_template=CSS + DO, js_on_load=JS, apply_default_css=False, elem_id="runs-list")
     timer = gr.Timer(SECONDS)
     panels = [said, chosen, resuming, resume_about, steps, deleting, delete_about]
@@ -108,7 +110,7 @@ def build(place: Place) -> None:
         except UserError as error:
             return _told(complaint(error))
 
-    listed.click(act, None, panels, **quiet).then(show, None, [listed, timer], **quiet)
+    listed.click(act, None, panels, **quiet).then(None, js=ASKED, **quiet).then(show, None, [listed, timer], **quiet)
     go_on.click(resume, [chosen, steps], panels, **quiet).then(show, None, [listed, timer], **quiet)
     gone.click(delete, chosen, panels, **quiet).then(show, None, [listed, timer], **quiet)
     for button in (leave, keep):
