@@ -61,8 +61,10 @@ class Row:
         """What is the matter, or what it last said."""
         if self.summary is not None and self.summary.wrong:
             return self.summary.wrong
+        if self.alive:
+            return last_line(self.job)
         status = self.summary.status if self.summary else None
-        failed = self.job.complaint() if self.job is not None and not self.alive else ""
+        failed = self.job.complaint() if self.job is not None else ""
         if failed and (status is None or status.beat is None or _began(self.job) > status.beat or status.stands == "crashed"):
             return failed                                            # a command that failed after the run had spoken last
         if status is None:
@@ -88,8 +90,16 @@ def rows(place: Place) -> list[Row]:
 
 
 def loading(summary: Summary, job: Job | None) -> bool:
-    """Is it about to go on, and has not taken hold of its folder yet?"""
-    return job is not None and summary.status is not None and not summary.status.alive and job.state == "running"
+    """Is it about to go on, and has not taken hold of its folder yet? (One that has just ended has spoken since its command began.)"""
+    status = summary.status
+    if job is None or status is None or status.alive or _began(job) < (status.beat or 0.0):
+        return False
+    return job.state == "running"
+
+
+def last_line(job: Job | None) -> str:
+    """What its command printed last."""
+    return next((line.strip() for line in reversed(job.output().splitlines()) if line.strip()), "") if job is not None else ""
 
 
 def job_of(place: Place, name: str) -> Job | None:
@@ -244,7 +254,8 @@ def _item(row: Row) -> str:
         about = f'<b>{text(summary.algorithm)}</b> on {text(_short(summary.model))}'
     elif row.job is not None:
         about = f'<code>{text(row.job.command)}</code>'
-    told = f'<p class="said {"bad-said" if row.stands not in ("running", "finished", "stopped") else ""}">{text(row.message)}</p>' if row.message else ""
+    kind = "" if row.stands in ("running", "starting", "finished", "stopped") else "bad-said"
+    told = f'<p class="said {kind}">{text(row.message)}</p>' if row.message else ""
     return (f'<li data-run="{text(row.name)}"><div class="name"><h2>{title}</h2>{badge(row.stands)}</div><div class="reward">{reward}</div>'
             f'<div class="steps">{steps}</div><div class="about">{about}</div><div class="acts">{_acts(row)}</div>{told}</li>')
 

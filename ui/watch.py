@@ -18,7 +18,7 @@ from . import charts, findings
 from .html import complaint, notice, text
 from .jobs import Job
 from .place import Place
-from .runs import Row, badge, job_of, link, loading, progress
+from .runs import Row, badge, job_of, last_line, link, loading, progress
 from .tail import Tail, tail
 
 LOG_LINES = 40
@@ -75,10 +75,10 @@ def header(seen: View) -> str:
         saved = summary.status.saved
         told += [f"{summary.algorithm} on {summary.model}", "no checkpoint yet" if saved is None else f"checkpoint of step {saved:,}"]
         parts.append(progress(summary.step, summary.steps) + f'<p class="told">{text(" · ".join(told))}</p>')
-        parts.append(_fate(seen))
-        parts.append(_links(seen))
+        parts += [_last(row) if row.alive else "", _fate(seen), _links(seen)]
     elif row.stands == "starting":
-        parts.append(notice("It is loading: its folder appears once everything has been checked. What it says until then is below."))
+        parts.append(notice("It is loading: its folder appears once everything has been checked."))
+        parts.append(_last(row))
     elif row.message:
         parts.append(complaint(f"It did not start: {row.message}"))
     return "".join(parts)
@@ -99,9 +99,15 @@ def _fate(seen: View) -> str:
         quiet = duration(time.time() - (status.beat or time.time()))
         return wrong + complaint(f"pid {status.pid} lives and has said nothing for {quiet} (at most 2 min are normal): a long phase, or it hangs; "
                                  "stop it if this goes on")
-    if row.message and row.message != (seen.summary.wrong if seen.summary else ""):
+    if not row.alive and row.message and row.message != (seen.summary.wrong if seen.summary else ""):
         return wrong + complaint(row.message)
     return wrong
+
+
+def _last(row: Row) -> str:
+    """What a living one printed last; all of it is further down."""
+    said = last_line(row.job)
+    return f'<p class="told">It last said: {text(said)}</p>' if said else ""
 
 
 def _clock(when: float) -> str:

@@ -134,6 +134,7 @@ def test_a_run_is_watched_killed_and_resumed(served: Served, browser: Any, page:
     second.goto(at)
     for tab in (page, second):
         says(tab, "#live-header", "running")
+        tab.locator("#chart-reward").scroll_into_view_if_needed()
         tab.wait_for_function(f"() => ({POINTS})() > {before}", timeout=LONG * 1000)
     until(lambda: look(folder).saved is not None, LONG)
     pid = look(folder).pid

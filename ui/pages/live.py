@@ -55,6 +55,8 @@ class Parts:
     """The components that are told of news."""
 
     header: gr.HTML
+    said: gr.HTML
+    """What a button had to say; cleared when the run stands differently."""
     stop: gr.Button
     resume: gr.Row
     steps: gr.Number
@@ -68,7 +70,7 @@ class Parts:
 
     def all(self) -> list[Any]:
         """In the order in which `news` has them."""
-        return [self.header, self.stop, self.resume, self.steps, self.log, self.board, self.panel, self.details, self.timer, self.seen]
+        return [self.header, self.said, self.stop, self.resume, self.steps, self.log, self.board, self.panel, self.details, self.timer, self.seen]
 
 
 def build(place: Place) -> None:
@@ -106,7 +108,7 @@ def news(place: Place, name: str, seen: dict[str, Any] | None) -> list[Any]:
     try:
         view = watch.view(place, name)
     except UserError as error:
-        return [complaint(error), gr.Button(visible=False), gr.Row(visible=False), *[gr.skip()] * 5, gr.Timer(active=False), seen]
+        return [complaint(error), "", gr.Button(visible=False), gr.Row(visible=False), *[gr.skip()] * 5, gr.Timer(active=False), seen]
     row, before = view.row, seen or {}
     version, numbers = before.get("version"), [gr.skip()] * 3
     if view.there:
@@ -118,7 +120,7 @@ def news(place: Place, name: str, seen: dict[str, Any] | None) -> list[Any]:
     changed = now["stands"] != before.get("stands")
     steps = max(view.summary.steps, view.summary.step) if changed and view.summary is not None else None
     return [
-        now["header"] if now["header"] != before.get("header") else gr.skip(),
+        now["header"] if now["header"] != before.get("header") else gr.skip(), "" if changed else gr.skip(),
         gr.Button(visible=row.alive) if changed else gr.skip(), gr.Row(visible=row.resumable) if changed else gr.skip(),
         steps if steps is not None else gr.skip(), now["log"] if now["log"] != before.get("log") else gr.skip(), *numbers,
         gr.Timer(active=row.alive) if changed else gr.skip(), now,
@@ -141,7 +143,7 @@ def _top(place: Place, name: gr.State) -> Parts:
     with gr.Accordion("What it says", open=False, elem_id="live-log-box"):
         log = gr.HTML(css_template=CSS, apply_default_css=False, elem_id="live-log")
     charts = board("live-board")
-    parts = Parts(header, stop, resume, steps, log, charts, panel, details, gr.Timer(SECONDS, active=False), gr.State(None))
+    parts = Parts(header, said, stop, resume, steps, log, charts, panel, details, gr.Timer(SECONDS, active=False), gr.State(None))
 
     def stopped(run: str) -> str:
         try:
@@ -153,11 +155,11 @@ def _top(place: Place, name: gr.State) -> Parts:
         try:
             runs.resume(place, run, count)
         except UserError as error:
-            return [complaint(error), *[gr.skip()] * len(parts.all())]
-        return ["", *news(place, run, seen)]
+            return [gr.skip(), complaint(error), *[gr.skip()] * (len(parts.all()) - 2)]
+        return news(place, run, seen)
 
     stop.click(stopped, name, said, **QUIET)
-    go_on.click(resumed, [name, steps, parts.seen], [said, *parts.all()], **QUIET)
+    go_on.click(resumed, [name, steps, parts.seen], parts.all(), **QUIET)
     return parts
 
 
