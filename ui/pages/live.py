@@ -132,7 +132,7 @@ def _top(place: Place, name: gr.State) -> Parts:
     header = gr.HTML(css_template=CSS + DO, apply_default_css=False, elem_id="live-header")
     said = gr.HTML(css_template=CSS, apply_default_css=False, elem_id="live-said")
     with gr.Row():
-        stop = gr.Button("Stop (saves a checkpoint)", visible=False, min_width=220, scale=0, elem_id="live-stop")
+        stop = gr.Button("Stop and save", visible=False, min_width=170, scale=0, elem_id="live-stop")
     with gr.Row(visible=False, elem_id="live-resume-group", equal_height=False) as resume:
         steps = gr.Number(label="Steps in all (more lengthens the run)", precision=0, minimum=1, min_width=220, scale=0, elem_id="live-steps")
         go_on = gr.Button("Resume", variant="primary", min_width=140, scale=0, elem_id="live-resume")
