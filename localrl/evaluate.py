@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -62,9 +62,11 @@ def total(rewards: Sequence[float], weights: Sequence[float]) -> float:
 
 
 def completion_rows(
-    rollouts: Sequence[Rollout], names: Sequence[str], weights: Sequence[float], token_weights: Tensor | None = None
-) -> list[dict[str, Any]]:
-    """Rollouts as plain rows, for the completions files. `token_weights` (B, T): how much each token counted, with the tokens' ids beside it."""
+    rollouts: Sequence[Rollout], names: Sequence[str], weights: Sequence[float], token_weights: Tensor | None = None,
+    decode: Callable[[list[list[int]]], list[str]] | None = None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Rollouts as plain rows, for the completions files. `token_weights` (B, T): how much each token counted, with the tokens' ids beside it, and
+    with `decode` (many token rows -> many texts) how many characters of the completion each of them wrote."""
     rows: list[dict[str, Any]] = [
         {
             "prompt_id": r.request.prompt.id,
@@ -78,9 +80,48 @@ def completion_rows(
         }
         for r in rollouts
     ]
-    for row, rollout, own in zip(rows, rollouts, [] if token_weights is None else token_weights.tolist(), strict=False):
+    if token_weights is None:
+        return rows
+    alone: dict[int, str] = {}
+    if decode is not None:
+        ids = sorted({token for rollout in rollouts for token in rollout.tokens})
+        alone = dict(zip(ids, decode([[token] for token in ids]), strict=True))
+    for row, rollout, own in zip(rows, rollouts, token_weights.tolist(), strict=False):
         row |= {"token_ids": rollout.tokens, "token_weights": [round(w, 4) for w in own[: len(rollout.tokens)]]}
+        if decode is not None:
+            row["token_lengths"] = token_lengths(rollout.text, [alone[token] for token in rollout.tokens])
     return rows
+
+
+def token_lengths(text: str, alone: Sequence[str]) -> list[int]:
+    """How many characters of `text` each token wrote, given what each says by itself; they sum to the text's length.
+
+    A token by itself may lack the space before it, or be a part of a character: its share is found by where the next one stands.
+
+    >>> token_lengths("I see 7.", ["I", "see", "", "7", ".", ""])
+    [1, 4, 0, 2, 1, 0]
+    >>> token_lengths("né.", ["n", "\ufffd", "\ufffd", "."])
+    [1, 0, 1, 1]
+    """
+    lengths, at, unknown = [0] * len(alone), 0, 0
+    for number, piece in enumerate(alone):
+        if not piece:
+            continue
+        if "\ufffd" in piece:
+            unknown += 1
+            continue
+        start = text.find(piece, at, at + len(piece) + 1 + 4 * unknown)
+        if start < 0:
+            unknown += 1
+            continue
+        if unknown and start > at:                                   # what lies between belongs to those that were passed over
+            lengths[number - 1] += start - at
+            at = start
+        lengths[number] = start + len(piece) - at
+        at, unknown = start + len(piece), 0
+    if at < len(text) and lengths:
+        lengths[-1] += len(text) - at
+    return lengths
 
 
 def _summarise(metrics: dict[str, float], name: str, values: Sequence[float], count: int) -> None:

@@ -47,6 +47,14 @@ class Health:
 
     def look(self, metrics: dict[str, float]) -> list[str]:
         """New findings after one more step, each a sentence; a finding is reported once a run."""
+        return [text for _, text in self.news(metrics)]
+
+    def standing(self) -> list[tuple[str, str]]:
+        """(key, sentence) of all that is the matter after the step that was looked at last, told before or not."""
+        return self._findings(self._recent[-1], self._recent[-1].get("entropy", math.nan)) if self._recent else []
+
+    def news(self, metrics: dict[str, float]) -> list[tuple[str, str]]:
+        """As `look`, with the key of each finding."""
         self._recent.append(metrics)
         self._history.append(metrics)
         self._first = self._first or metrics
@@ -55,7 +63,7 @@ class Health:
             self._entropy_at_start = entropy
         new = [(key, text) for key, text in self._findings(metrics, entropy) if key not in self._said]
         self._said |= {key for key, _ in new}
-        return [text for _, text in new]
+        return new
 
     def _findings(self, now: dict[str, float], entropy: float) -> list[tuple[str, str]]:
         own = self.algorithm.alarms(self._first, list(self._history))

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -74,7 +75,8 @@ class Recorder:
             self.display.say(text)
         self.folder.append("metrics.jsonl", {**metrics, "timestamp": time.time()})
         if run.log.completions:
-            self.folder.write_completions(step, completion_rows(rollouts, rewards.names, rewards.weights, token_weights))
+            decode = partial(self.session.policy.tokenizer.batch_decode, skip_special_tokens=True)
+            self.folder.write_completions(step, completion_rows(rollouts, rewards.names, rewards.weights, token_weights, decode))
         self.display.step(step, run.steps, metrics)
 
     def rest(self, step: int) -> None:

@@ -23,7 +23,7 @@ FLOORS = [
     {"train", "chat", "doctor", "display", "plots", "exports", "status"},
     {"simulate"},
     {"planning"},
-    {"record", "talk", "serve", "prepare", "probe", "provenance"},
+    {"record", "talk", "serve", "prepare", "probe", "provenance", "runs"},
     {"run"},
     {"outcome"},
     {"comparison"},

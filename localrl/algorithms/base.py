@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 from torch import Tensor
 
@@ -22,6 +22,20 @@ class Steering(NamedTuple):
     """Factor on the learning rate of this update; 0: no update."""
     stats: Mapping[str, float]
     """Metrics of the step; the last steps' come back as `past` the next time."""
+
+
+class Picture(NamedTuple):
+    """How some metrics are best shown to somebody who watches a run."""
+
+    title: str
+    caption: str
+    """One sentence: what is seen, and what is good or bad about it."""
+    metrics: tuple[str, ...]
+    """Names; a `*` stands for any part, and where that part is a number it is that of a reward (`steering/0/weight`, `steering/0-1/angle`)."""
+    form: Literal["lines", "matrix"] = "lines"
+    """lines: over the steps. matrix: of pairs `i-j`, as they are now."""
+    limits: tuple[str, ...] = ()
+    """Settings of the algorithm that are drawn across: what the numbers are held against. One that is no number is left out."""
 
 
 class Algorithm(Settings):
@@ -45,6 +59,8 @@ class Algorithm(Settings):
     """Is it nothing without `rollout.window`?"""
     reports: ClassVar[tuple[str, ...]] = ()
     """Names of the metrics that its losses and `observe` add, beyond those every run has."""
+    pictures: ClassVar[tuple[Picture, ...]] = ()
+    """How its metrics are best shown; of `reports` that are in none of them each gets a line of its own."""
 
     @property
     def group_size(self) -> int:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from localrl.algebra import group_moments, k3, standardise, weighted_total
 from localrl.algorithms.advantages import whiten
-from localrl.algorithms.base import Steering
+from localrl.algorithms.base import Picture, Steering
 from localrl.algorithms.grpo import Clipped, Credit
 from localrl.algorithms.steering import LARGEST, Control, Geometry, clip_masks, control, detect, geometry
 from localrl.batch import Batch, Loss, Readout, Seed
@@ -53,6 +53,46 @@ class GDPO(Clipped):
     decouples_rewards = True
     needs_contrast = True
     reports: ClassVar[tuple[str, ...]] = (*Clipped.reports, "conflicting_rewards", "gdpo/kept")
+    pictures: ClassVar[tuple[Picture, ...]] = (
+        Picture(
+            "Rewards that disagree",
+            "Share of answers on which two rewards pull in opposite directions, and the share that the conflict filter kept.",
+            ("conflicting_rewards", "gdpo/kept"),
+        ),
+        Picture(
+            "Angles between the rewards' gradients",
+            "Degrees, now: below 90 two rewards want similar changes, above 90 each harms the other.",
+            ("steering/*/angle",),
+            form="matrix",
+        ),
+        Picture(
+            "Weights of the rewards",
+            "How much each reward counts in the update, as it was steered.",
+            ("steering/*/weight",),
+        ),
+        Picture(
+            "What each reward gains",
+            "Cosine of each reward's gradient with the update: below 0 the update harms that reward.",
+            ("steering/*/cosine",),
+        ),
+        Picture(
+            "Dispersion",
+            "How evenly the rewards profit, from one takes all to 1; before and after steering, and what was asked for drawn across.",
+            ("steering/dispersion", "steering/dispersion_before"),
+            limits=("dispersion",),
+        ),
+        Picture(
+            "Coherence",
+            "Length of the mean unit gradient: below the line the gradients cancel, the region is unstable and steps get shorter.",
+            ("steering/coherence", "steering/least_cosine"),
+            limits=("coherence",),
+        ),
+        Picture(
+            "Length of the step",
+            "Factor on the learning rate (0: skipped, 0.5: after an alarm), and the alarms.",
+            ("steering/rate", "steering/alarm"),
+        ),
+    )
 
     def credit(self, batch: Batch, readout: Readout) -> Credit:
         advantage, single = self.advantages(batch)

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from localrl.algebra import group_moments, token_mean, weighted_total
-from localrl.algorithms.base import Algorithm, Columns
+from localrl.algorithms.base import Algorithm, Columns, Picture
 from localrl.batch import Batch, Loss, Readout
 
 
@@ -46,6 +46,18 @@ class GroupDPO(Algorithm):
     decouples_rewards = True
     needs_contrast = True
     reports: ClassVar[tuple[str, ...]] = ("group_dpo/slope", "lm_loss")
+    pictures: ClassVar[tuple[Picture, ...]] = (
+        Picture(
+            "Slope of the preference",
+            "How strongly the group still pulls: towards 0 once good answers are far likelier than bad ones.",
+            ("group_dpo/slope",),
+        ),
+        Picture(
+            "Language-model loss",
+            "Of the answers that are imitated, in nats; 0 where none is.",
+            ("lm_loss",),
+        ),
+    )
 
     @property
     def reads_before(self) -> Columns:

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from localrl.algebra import group_moments, mean_per_row, ratio_to, weighted_total
-from localrl.algorithms.base import Columns
+from localrl.algorithms.base import Columns, Picture
 from localrl.algorithms.on_policy import OnPolicy
 from localrl.batch import Batch, Loss, Readout, lengths
 
@@ -60,6 +60,29 @@ class GTPO(OnPolicy):
     reports: ClassVar[tuple[str, ...]] = (
         "gtpo/conflict_share", "gtpo/protected_share", "gtpo/boosted_share", "gtpo/mean_weight", "gtpo/filtered_share", "gtpo/completion_entropy"
     )  # fmt: skip
+    pictures: ClassVar[tuple[Picture, ...]] = (
+        Picture(
+            "Tokens in conflict",
+            "Share of tokens with which good and bad answers of a group begin or end alike: protected ones stand in a bad answer, boosted ones in a good one.",
+            ("gtpo/conflict_share", "gtpo/protected_share", "gtpo/boosted_share"),
+        ),
+        Picture(
+            "Weight of a token",
+            "Mean of the conflict weights; 1 means that as much was added as was taken away.",
+            ("gtpo/mean_weight",),
+        ),
+        Picture(
+            "Entropy of whole completions",
+            "Mean entropy (nats) of completions; those above the threshold, which is drawn across, are left out.",
+            ("gtpo/completion_entropy",),
+            limits=("threshold",),
+        ),
+        Picture(
+            "Left out by the entropy filter",
+            "Share of completions that are too uncertain to learn from; near 1 the policy is falling apart.",
+            ("gtpo/filtered_share",),
+        ),
+    )
 
     @property
     def reads_during(self) -> Columns:

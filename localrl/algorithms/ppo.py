@@ -15,7 +15,7 @@ from torch import Tensor
 
 from localrl.algebra import ShareName, ratio_to, sequence_mean, token_mean, weighted_total
 from localrl.algorithms.advantages import adaptive_lambda, gae, whiten
-from localrl.algorithms.base import Columns
+from localrl.algorithms.base import Columns, Picture
 from localrl.algorithms.on_policy import OnPolicy
 from localrl.batch import Batch, Loss, Readout
 
@@ -80,6 +80,33 @@ class PPO(OnPolicy):
     reports: ClassVar[tuple[str, ...]] = (
         "clip_ratio", "value_loss", "value_clip_ratio", "lm_loss", "value/explained_variance", "value/mean", "value/error"
     )  # fmt: skip
+    pictures: ClassVar[tuple[Picture, ...]] = (
+        Picture(
+            "What the critic explains",
+            "Share of the returns' variance that the critic foresees: 1 all, 0 nothing, below 0 it misleads.",
+            ("value/explained_variance",),
+        ),
+        Picture(
+            "The critic's error",
+            "Mean distance of its values from the returns, and its mean value, in units of the reward.",
+            ("value/error", "value/mean"),
+        ),
+        Picture(
+            "The critic's loss",
+            "Should fall; the share of its updates that were cut beside it.",
+            ("value_loss", "value_clip_ratio"),
+        ),
+        Picture(
+            "Seats that stood empty",
+            "Share of the sampler's work that went to rows which were already done: waiting for the longest answer.",
+            ("rollout/idle_share",),
+        ),
+        Picture(
+            "Answers under way",
+            "Answers that go on in the next step.",
+            ("buffer/unfinished", "buffer/continued"),
+        ),
+    )
 
     @property
     def group_size(self) -> int:

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from localrl.algebra import group_moments, weighted_total
-from localrl.algorithms.base import Algorithm, Columns
+from localrl.algorithms.base import Algorithm, Columns, Picture
 from localrl.batch import Batch, Loss, Readout
 
 
@@ -46,6 +46,28 @@ class TBA(Algorithm):
 
     learns_from_old = True
     reports: ClassVar[tuple[str, ...]] = ("tba/residual", "tba/beta", "tba/age")
+    pictures: ClassVar[tuple[Picture, ...]] = (
+        Picture(
+            "Trajectory-balance residual",
+            "Mean size of what is still to be explained (nats); 0 is the optimum for this beta.",
+            ("tba/residual",),
+        ),
+        Picture(
+            "Strength of the KL",
+            "beta: the optimum is the reference times exp(reward / beta), so smaller is sharper.",
+            ("tba/beta",),
+        ),
+        Picture(
+            "How old the answers are",
+            "Updates of the policy since an answer was sampled: of those learned from, and of all that are kept.",
+            ("tba/age", "buffer/staleness/mean", "buffer/staleness/max", "rollout/staleness_mean"),
+        ),
+        Picture(
+            "The buffer",
+            "Answers and prompts that are kept.",
+            ("buffer/size", "buffer/prompts"),
+        ),
+    )
 
     @property
     def reads_before(self) -> Columns:

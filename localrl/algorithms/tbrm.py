@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from localrl.algebra import group_moments, weighted_total
-from localrl.algorithms.base import Algorithm, Columns
+from localrl.algorithms.base import Algorithm, Columns, Picture
 from localrl.batch import Batch, Loss, Readout, lengths
 
 DRIFT = 50.0
@@ -51,6 +51,23 @@ class TBRM(Algorithm):
 
     learns_from_old = True
     reports: ClassVar[tuple[str, ...]] = ("tbrm/value", "tbrm/residual", "tbrm/residual_mean", "tbrm/residual_square", "tbrm/reward_variance")
+    pictures: ClassVar[tuple[Picture, ...]] = (
+        Picture(
+            "Bellman residual",
+            "Mean size of what is still to be explained (nats), and its mean with sign; both should go towards 0.",
+            ("tbrm/residual", "tbrm/residual_mean"),
+        ),
+        Picture(
+            "Residual against reward",
+            "Square of the residual beside the variance of the reward over beta: above it the policy explains less than nothing.",
+            ("tbrm/residual_square", "tbrm/reward_variance"),
+        ),
+        Picture(
+            "Value of the first state",
+            "Log-sum-exp of the first logits (nats); if it runs away, the scale of the logits drifts.",
+            ("tbrm/value",),
+        ),
+    )
 
     @property
     def group_size(self) -> int:

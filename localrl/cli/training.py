@@ -14,6 +14,7 @@ from rich.panel import Panel
 from rich.table import Table
 
 from localrl.cli.app import Config, Overrides, Preset, RunPath, app, console, say
+from localrl.settings import UserError
 
 
 @app.command()
@@ -111,6 +112,27 @@ def evaluate(
     table = Table("metric", "value", title=f"held-out evaluation of {path}{' (base)' if base else ''}")
     for name, value in result.metrics.items():
         table.add_row(name, f"{value:.4f}")
+    console.print(table)
+
+
+@app.command()
+def runs(folder: Annotated[Path, typer.Argument(help="Where to look for runs; hidden folders are passed over.")] = Path(".")) -> None:
+    """Every run in a folder: how it stands, how far it is, its last reward."""
+    from localrl.runs import duration, summaries
+
+    if not folder.is_dir():
+        raise UserError(f"no such folder: {folder}")
+    found = summaries(folder)
+    if not found:
+        say(f"no runs in {folder.resolve()}: `localrl train` begins one")
+        return
+    table = Table("run", "state", "step", "left", "reward", "algorithm", "model", "")
+    for run in found:
+        reward = f"{run.rewards[-1]:.3f}" if run.rewards else ""
+        left = "" if run.seconds_left is None else duration(run.seconds_left)
+        said = run.wrong or ("" if run.status is None else run.status.message)
+        shown = run.folder.relative_to(folder) if run.folder != folder else run.folder
+        table.add_row(*map(escape, (str(shown), run.stands, f"{run.step}/{run.steps}", left, reward, run.algorithm, run.model, said)))
     console.print(table)
 
 
