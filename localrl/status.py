@@ -62,7 +62,7 @@ def look(folder: Path) -> Status:
     saved = int(kept[-1].name.split("-")[1]) if kept else None
     if not said:
         return Status(folder, "running" if held else "crashed", saved=saved)
-    pid, beat = int(said.get("pid", 0)), float(said.get("time", 0.0))
+    pid, beat = int(_number(said, "pid")), _number(said, "time")
     state = said.get("state")
     stands: Stands
     if held and state != "running":                                  # it was resumed and loads its model again
@@ -71,7 +71,7 @@ def look(folder: Path) -> Status:
         stands = "crashed" if not held else "silent" if time.time() - beat > SILENT else "running"
     else:
         stands = state if state in ("finished", "stopped", "failed") else "failed"
-    return Status(folder, stands, int(said.get("step", 0)), int(said.get("steps", 0)), str(said.get("message", "")), pid, beat, saved)
+    return Status(folder, stands, int(_number(said, "step")), int(_number(said, "steps")), str(said.get("message", "")), pid, beat, saved)
 
 
 def run_folders(root: Path, depth: int = 3) -> Iterator[Path]:
@@ -107,6 +107,12 @@ def _said(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _number(said: dict[str, Any], name: str) -> float:
+    """0 where none stands."""
+    value = said.get(name)
+    return float(value) if isinstance(value, int | float) else 0.0
 
 
 def _held(folder: Path) -> bool:

@@ -94,6 +94,8 @@ def test_how_runs_stand(tmp_path: Path) -> None:
     assert look(folder).resumable and look(folder).saved == 3
     (folder / "state.json").write_text('{"pid": 1, "sta')            # a disk that was full
     assert look(folder).stands == "crashed"
+    (folder / "state.json").write_text('{"pid": "one", "state": "stopped", "step": null}')
+    assert look(folder).stands == "stopped" and look(folder).step == 0
     with pytest.raises(UserError, match="no run folder"):
         look(tmp_path)
     beat(tmp_path / "elsewhere" / "b", "finished", 1)
