@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import difflib
+import signal
 from collections.abc import Iterable
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 INSTALL_LLAMA_CPP = 'CMAKE_ARGS="-DLLAVA_BUILD=OFF" pip install "localrl[chat]"'
 """What every sentence says that misses llama.cpp."""
+
+
+def how_it_ended(code: int) -> str:
+    """Of a process in which llama.cpp worked.
+
+    >>> how_it_ended(3), how_it_ended(-6)
+    ('exit code 3', 'ended by SIGABRT')
+    """
+    if code >= 0:
+        return f"exit code {code}"
+    if -code == signal.SIGILL:
+        return "ended by SIGILL: the library uses instructions that fail on this processor, build llama-cpp-python anew (docs/llama.md, Installing)"
+    return f"ended by {signal.Signals(-code).name}"
 
 
 class UserError(Exception):

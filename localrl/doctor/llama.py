@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from localrl.doctor.finding import Finding
+from localrl.settings import how_it_ended
 
 BUILD = 'CMAKE_ARGS="-DLLAVA_BUILD=OFF" pip install "llama-cpp-python>=0.3.36,<0.4"'
 """Without the image parts, which nothing here uses; it needs a C++ compiler: docs/llama.md."""
@@ -42,7 +43,7 @@ def findings() -> list[Finding]:
     except subprocess.TimeoutExpired:
         return [Finding("llama.cpp", f"{here}, no answer within {SECONDS:.0f} s", "bad", f"chat, compare and exports would hang; {REBUILD}")]
     said = [json.loads(line) for line in asked.stdout.splitlines() if line.startswith("{")]
-    reason = (asked.stderr.strip().splitlines() or [f"ended with code {asked.returncode}"])[-1][:120]
+    reason = (asked.stderr.strip().splitlines() or [how_it_ended(asked.returncode)])[-1][:120]
     if not said:
         return [Finding("llama.cpp", f"{here}, does not load: {reason}", "bad", f"chat, compare and exports will not work; {REBUILD}")]
     told = said[0]

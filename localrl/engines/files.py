@@ -9,14 +9,13 @@ import importlib.util
 import json
 import mmap
 import re
-import signal
 import struct
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from localrl.settings import INSTALL_LLAMA_CPP, UserError
+from localrl.settings import INSTALL_LLAMA_CPP, UserError, how_it_ended
 
 MAGIC = b"GGUF"
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -166,4 +165,4 @@ def _reason(child: subprocess.CompletedProcess[str]) -> str:
     said = [line.strip() for line in child.stderr.splitlines() if re.search(r"error|fail|assert|corrupt|mismatch", line, re.IGNORECASE)]
     if said:
         return said[0][:200]
-    return f"ended by {signal.Signals(-child.returncode).name}" if child.returncode < 0 else f"exit code {child.returncode}"
+    return how_it_ended(child.returncode)

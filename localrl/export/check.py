@@ -36,6 +36,7 @@ from localrl.export.expected import Expected
 from localrl.export.reference import GREEDY, Parting
 from localrl.export.report import Row
 from localrl.export.writer import DType
+from localrl.settings import how_it_ended
 
 WORKER = Path(__file__).with_name("check_worker.py")
 SECONDS = 3600.0
@@ -93,7 +94,7 @@ def ask_child(worker: Path, job: Mapping[str, Any], array: NDArray[Any]) -> tupl
             return None, f"no answer within {SECONDS:.0f} s"
         if child.returncode or not paths[2].exists():
             said = child.stderr.strip().splitlines()[-1:] or ["nothing"]
-            return None, f"exit code {child.returncode}, last words: {said[0][:300]}"
+            return None, f"{how_it_ended(child.returncode)}, last words: {said[0][:300]}"
         return json.loads(paths[2].read_text()), ""
 
 
