@@ -20,6 +20,8 @@ from localrl.metrics import most_memory
 
 QUIET_SECONDS = 20.0
 """Without a terminal (a log file) a line is printed at most this often."""
+PART_SECONDS = 3.0
+"""The same, of how far a phase is."""
 
 
 class Progress:
@@ -75,8 +77,11 @@ class Work(Progress):
         self._bar.reset(self._task, total=None, completed=0)
 
     def part(self, done: int, total: int) -> None:
-        """How far the phase is."""
+        """How far the phase is; in a log file a line now and then."""
         self._bar.update(self._task, completed=done, total=total)
+        if not self.console.is_terminal and total > 0 and time.time() - self._printed > PART_SECONDS:
+            self._printed = time.time()
+            self.say(f"{self._phase} {done / total:.0%}")
 
 
 def export_table(files: Sequence[Export]) -> Table:

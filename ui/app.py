@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import Any
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")           # before gradio is imported: it asks at once
@@ -31,6 +32,8 @@ def blocks(place: Place) -> gr.Blocks:
 
 def application(place: Place, *, loopback: bool = True, password: str | None = None) -> Any:
     """The ASGI application."""
-    from . import server
+    from . import exporting, server
 
-    return server.application(blocks(place), loopback=loopback, password=password, theme=theme(), css=CSS, allowed_paths=[])
+    return server.application(
+        blocks(place), loopback=loopback, password=password, theme=theme(), css=CSS, allowed_paths=[], download=partial(exporting.file_of, place)
+    )

@@ -12,6 +12,7 @@ import ipaddress
 import os
 import socket
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from localrl.settings import UserError
@@ -86,17 +87,27 @@ def free_port(host: str, port: int) -> socket.socket:
     return bound
 
 
-def application(blocks: Any, *, loopback: bool, password: str | None, theme: Any, css: str, allowed_paths: list[str]) -> Any:
-    """The pages as an ASGI application, guarded. `password`: asked for from everybody (user name: localrl)."""
+def application(
+    blocks: Any, *, loopback: bool, password: str | None, theme: Any, css: str, allowed_paths: list[str], download: Callable[[str, str], Path | None]
+) -> Any:
+    """The pages as an ASGI application, guarded. `password`: asked for from everybody (user name: localrl). `download`: (token, name) -> the file."""
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     import gradio as gr
     from fastapi import FastAPI
+    from starlette.responses import FileResponse, PlainTextResponse, Response
+
+    outer = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
+
+    @outer.get("/download/{token}/{name:path}")
+    async def fetch(token: str, name: str) -> Response:
+        path = download(token, name)
+        return PlainTextResponse("there is no such file: open the page again", 404) if path is None else FileResponse(path, filename=path.name)
 
     def right(name: str, given: str) -> bool:
         return name == "localrl" and hmac.compare_digest(given.encode(), (password or "").encode())
 
     inner = gr.mount_gradio_app(
-        FastAPI(openapi_url=None, docs_url=None, redoc_url=None), blocks, path="/", auth=right if password else None, theme=theme, css=css,
+        outer, blocks, path="/", auth=right if password else None, theme=theme, css=css,
         auth_message="The password that `localrl ui` was started with; the user is: localrl", footer_links=[], allowed_paths=allowed_paths,
         ssr_mode=False, show_error=True, max_file_size="64mb", enable_monitoring=False, mcp_server=False, pwa=False,
     )  # fmt: skip

@@ -1,0 +1,87 @@
+"""Pictures of every page, 1440 and 390 pixels wide, light and dark, into `docs/ui/`: `python -m bench.screens`. Ten minutes on two cores.
+
+A demo run is trained and exported in a workspace of its own, then the pages are opened in Chromium as a person would have them. Look at what comes of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from playwright.sync_api import sync_playwright
+
+from tests.ui.conftest import CHROMIUM, QUIET, open_page, serve
+from ui.app import PAGES
+
+OUT = Path(__file__).parent.parent / "docs" / "ui"
+WIDTHS = {1440: 1500, 390: 1800}
+"""Pixels, and how much of a page's height is kept."""
+TALK = "What is 27 + 46?"
+
+
+def workspace(root: Path) -> None:
+    """A run that has learned, and its export."""
+    for command in (
+        ["train", "--preset", "demo", "steps=30", "eval.limit=16", "eval.every=10", "log.save_steps=10", f"log.dir={root / 'runs' / 'sums'}"],
+        ["export", str(root / "runs" / "sums"), "--type", "q8_0"],
+    ):
+        subprocess.run([sys.executable, "-m", "localrl", *command], cwd=root, check=True)
+    (root / "questions.jsonl").write_text('{"prompt": [{"role": "user", "content": "What is 27 + 46?"}], "answer": "73"}\n' * 40)
+
+
+PREPARE: dict[str, Callable[[Any], None]] = {}
+"""What a person would have done on a page before it is worth a picture, by the page's path."""
+
+
+def shoot(browser: Any, url: str, page: Any, width: int, dark: bool) -> None:
+    """One picture, in few colours: they are many."""
+    tab, watched = open_page(browser, width, WIDTHS[width], dark)
+    tab.goto(f"{url}{page.PATH}?run=runs/sums&__theme={'dark' if dark else 'light'}")
+    tab.get_by_role("heading", level=1, name=page.TITLE).wait_for()
+    tab.wait_for_timeout(4000)
+    if page.PATH in PREPARE:
+        PREPARE[page.PATH](tab)
+        tab.wait_for_timeout(1500)
+    name = page.PATH.strip("/") or "runs"
+    file = OUT / f"{name}-{width}-{'dark' if dark else 'light'}.png"
+    tab.screenshot(path=file)
+    tab.close()
+    Image.open(file).convert("RGB").quantize(96, dither=Image.Dither.NONE).save(file, optimize=True)
+    print(file.name, f"{file.stat().st_size / 1024:.0f} KiB", *watched.errors, flush=True)
+
+
+def main() -> None:
+    """All of them, or those of the pages that are named."""
+    parser = argparse.ArgumentParser(prog="python -m bench.screens", description=__doc__)
+    parser.add_argument("pages", nargs="*", help="paths, as in /live; all by default")
+    parser.add_argument("--workspace", type=Path, help="one that an earlier run of this made")
+    asked = parser.parse_args()
+    if CHROMIUM is None:
+        sys.exit("no Chromium on this machine: apt install chromium")
+    OUT.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as made, sync_playwright() as driver:
+        root = asked.workspace or Path(made)
+        if not (root / "runs" / "sums").is_dir():
+            workspace(root)
+        served = serve(root)
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=list(QUIET))
+        try:
+            for page in PAGES:
+                if not asked.pages or page.PATH in asked.pages:
+                    for width in WIDTHS:
+                        for dark in (False, True):
+                            shoot(browser, served.url, page, width, dark)
+        finally:
+            browser.close()
+            served.process.terminate()
+            served.process.wait(20)
+
+
+if __name__ == "__main__":
+    main()
