@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -49,12 +51,15 @@ def _show_settings() -> None:
 
 
 @app.command()
-def doctor() -> None:
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
     """What this machine has, what works, and what it means for training."""
     from localrl.doctor import diagnose, show
 
     findings = diagnose()
-    console.print(show(findings))
+    if as_json:
+        print(json.dumps([asdict(finding) for finding in findings], indent=1))
+    else:
+        console.print(show(findings))
 
 
 @app.command()
