@@ -62,7 +62,7 @@ def test_the_bars_are_the_plan() -> None:
 
 def test_a_draft_begun_twice_is_one_run(tmp_path: Path) -> None:
     place = Place.at(tmp_path)
-    run = load_run("demo", None, ["rollout.window=64", "steps=1"])                     # refused when it is built again: nothing trains here
+    run = load_run("demo", None, ["data.path=missing.jsonl"])       # refused when it begins: nothing trains here
     first, second = drafts.begin(place, run), drafts.begin(place, run)
     assert first == second == "runs/demo-001"
     other = drafts.begin(place, run.model_copy(update={"seed": 1}))
