@@ -57,7 +57,7 @@ def _plain(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def save_code(base: Path, name: str, code: str) -> list[str]:
-    """`rewards/<name>.py`; what it defines comes back as `<absolute path>:<function>`. Nothing of it is run. UserError if it is no Python, or defines nothing."""
+    """`rewards/<name>.py`; what it defines comes back as `<absolute path>:<function>`. Nothing is run. UserError if it is no Python, or defines nothing."""
     names = functions_in(code)
     if not names:
         raise UserError("the code defines no function that could be a reward: start with `def mine(completions, **kwargs):`")

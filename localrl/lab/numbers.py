@@ -207,9 +207,9 @@ def warnings(trial: Trial, weights: Sequence[float]) -> list[str]:
                      "or a reward with more steps between bad and good")
     if cancelling > 0:
         found.append(f"in {cancelling:.0%} of the groups the rewards differ but cancel in the sum: normalise them apart, or change their weights")
-    for probe in probed(trial, weights):
-        if probe.beats:
-            found.append(f"'{probe.kind}' earns {probe.total:.3g}, more than real answers do: a model will find that out, so let a reward ask for the content")
+    if better := [probe for probe in probed(trial, weights) if probe.beats]:
+        kinds = ", ".join(f"'{probe.kind}' ({probe.total:.3g})" for probe in better)
+        found.append(f"answers that deserve nothing earn more than real ones do: {kinds}; a model will find that out, so let a reward ask for the content")
     for a, b, r in _twins(trial):
         found.append(f"'{a}' and '{b}' say the same (correlation {r:.2f}): one of them is enough")
     return found

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from localrl.batch import Request, Rollout
 from localrl.lab.samples import Samples, Tokenizer, tokens_of
-from localrl.rewards import Health, RewardSettings, Rewards, RewardSpec
+from localrl.rewards import Health, Rewards, RewardSettings, RewardSpec
 from localrl.settings import UserError
 
 PROBED = 8
@@ -92,7 +92,9 @@ def _refused(settings: RewardSettings, columns: set[str], base: Path, log: Path 
     return ""
 
 
-def score_probes(samples: Samples, scored: Scored, settings: RewardSettings, base: Path, log: Path | None, tokenizer: Tokenizer) -> dict[str, tuple[Rollout, ...]]:
+def score_probes(
+    samples: Samples, scored: Scored, settings: RewardSettings, base: Path, log: Path | None, tokenizer: Tokenizer
+) -> dict[str, tuple[Rollout, ...]]:
     """Kind of probe -> its rollouts, scored by the rewards that did not fail on real completions."""
     made = probes(samples, tokenizer)
     labels = [spec.label for spec in settings.functions]

@@ -83,7 +83,9 @@ def as_dict(trial: Trial) -> dict[str, Any]:
         "source": trial.source, "signal": signal(trial, trial.weights), "warnings": warnings(trial, trial.weights), "troubles": dict(trial.troubles),
         "rewards": {s.name: {"mean": s.mean, "std": s.std, "all_alike": s.flat, "missing": s.missing, "seconds": s.seconds} for s in summaries(trial)},
         "correlations": correlations(trial),
-        "probes": [{"kind": p.kind, "rewards": dict(zip(names, p.rewards, strict=True)), "total": p.total, "beats": p.beats} for p in probed(trial, trial.weights)],
+        "probes": [
+            {"kind": p.kind, "rewards": dict(zip(names, p.rewards, strict=True)), "total": p.total, "beats": p.beats} for p in probed(trial, trial.weights)
+        ],
         "advantages": [{"of": a.label, "values": list(a.values), "weights": list(a.weights), "note": a.note} for a in advantages(trial, trial.weights)],
         "completions": [
             {"prompt": r.request.prompt.content, "completion": r.text, "rewards": dict(zip(names, r.rewards, strict=True)),

@@ -61,7 +61,7 @@ def build(place: Place) -> None:
     """The page."""
     gr.Markdown("# Reward lab\nPut rewards together and see what they say of real completions, before a training run learns the wrong thing from them.")
     form = Form(gr.State([]), gr.State(0), [])
-    number, seen = gr.State(""), gr.State(0.0)
+    number, seen = gr.Textbox("", visible=False, label="trial"), gr.State(0.0)        # not a State: the address is written in the browser
     said, opener = _compose(place, form)
     source = _source(place)
     with gr.Row():
@@ -254,22 +254,22 @@ def _cards(form: Form) -> None:
 
 def _card(form: Form, item: Item, others: list[str]) -> None:
     block = blocks().get(item["function"])
-    with gr.Row(elem_classes="low"):
-        name = gr.Textbox(item["name"], label="Name", placeholder=trials.label(item), info=block.summary if block else item["function"].rpartition("/")[2], scale=4)
-        gone = gr.Button("Remove", size="sm", scale=1, min_width=90)
+    told = block.summary if block else item["function"].rpartition("/")[2]
+    name = gr.Textbox(item["name"], label=f"Name of reward {item['id']}", placeholder=trials.label(item), info=told, interactive=True)
     _keeps(form, item, "name", name)
     with gr.Row():
         if block is None:
-            args = gr.Textbox(item["args"], label="Arguments as JSON")
+            args = gr.Textbox(item["args"], label="Arguments as JSON", interactive=True)
             _keeps(form, item, "args", args)
         else:
             for parameter in block.parameters:
                 _keeps(form, item, parameter.name, _control(parameter, item["args"].get(parameter.name)), within=True)
         if others:
-            given = gr.Dropdown([("always", ""), *others], value=item["given"] if item["given"] in others else "", label="Counts only given")
-            least = gr.Number(item["at_least"], label="at least")
+            given = gr.Dropdown([("always", ""), *others], value=item["given"] if item["given"] in others else "", label="Counts only given", interactive=True)
+            least = gr.Number(item["at_least"], label="at least", interactive=True)
             _keeps(form, item, "given", given)
             _keeps(form, item, "at_least", least)
+    gone = gr.Button(f"Remove {trials.label(item)}", size="sm", elem_id=f"lab-remove-{item['id']}")
     gone.click(lambda items: [[other for other in items if other["id"] != item["id"]], _tick()], form.items, [form.items, form.shape], **QUIET)
 
 
@@ -278,14 +278,14 @@ def _control(parameter: Parameter, value: Any) -> Any:
     name = parameter.name + ("" if parameter.required or parameter.default is not None else " (may be empty)")
     match parameter.kind:
         case "yes":
-            return gr.Checkbox(bool(value), label=name)
+            return gr.Checkbox(bool(value), label=name, interactive=True)
         case "whole" | "number":
-            return gr.Number(value, label=name, precision=0 if parameter.kind == "whole" else None, min_width=110)
+            return gr.Number(value, label=name, precision=0 if parameter.kind == "whole" else None, min_width=110, interactive=True)
         case "words":
-            return gr.Textbox(value or "", label=f"{name}, with commas", min_width=140)
+            return gr.Textbox(value or "", label=f"{name}, with commas", min_width=140, interactive=True)
         case "json":
-            return gr.Textbox(value or "", label=f"{name}, JSON", min_width=200)
-    return gr.Textbox(value or "", label=name, min_width=110)
+            return gr.Textbox(value or "", label=f"{name}, JSON", min_width=200, interactive=True)
+    return gr.Textbox(value or "", label=name, min_width=110, interactive=True)
 
 
 def _keeps(form: Form, item: Item, key: str, component: Any, within: bool = False) -> None:
@@ -309,7 +309,7 @@ def _told(kind: type[RewardSettings] | type[RewardSpec], key: str) -> str:
 
 def _source(place: Place) -> list[Any]:
     """Section two: which completions. The components in the order of `Asked`."""
-    gr.Markdown("## 2. Completions\nThe untrained model's own answers show best what training would start from. They are kept, so that other rewards need no new ones.")
+    gr.Markdown("## 2. Completions\nThe untrained model's own answers show best what training would start from. They are kept: other rewards need no new ones.")
     kind = gr.Radio([*trials.SOURCES], value=SAMPLE, label="Score", elem_id="lab-source")
     base = gr.Dropdown([], label="Model, data and sampling as in", elem_id="lab-base")
     with gr.Column() as sampling:
@@ -318,9 +318,11 @@ def _source(place: Place) -> list[Any]:
             each = gr.Number(8, label="Answers to each", precision=0, minimum=1, maximum=256, elem_id="lab-each")
         with gr.Accordion("Your own prompts", open=False):
             data = gr.Textbox("", label="Data file in this folder (JSONL, CSV, Parquet)", placeholder="mine.jsonl", elem_id="lab-data")
-            typed = gr.Textbox("", label="Or type them, a line each", lines=3, info='A line may be JSON with columns: {"prompt": "2 + 2?", "answer": "4"}', elem_id="lab-typed")
+            typed = gr.Textbox("", label="Or type them, a line each", lines=3, elem_id="lab-typed",
+                               info='A line may be JSON with columns: {"prompt": "2 + 2?", "answer": "4"}')
     run = gr.Dropdown([], label="Run, its newest step", visible=False, elem_id="lab-run")
-    pasted = gr.Textbox("", label="JSON lines: prompt, completions, and columns for the rewards", lines=5, placeholder=EXAMPLE, visible=False, elem_id="lab-pasted")
+    pasted = gr.Textbox("", label="JSON lines: prompt, completions, and columns for the rewards", lines=5, placeholder=EXAMPLE, visible=False,
+                        elem_id="lab-pasted")
     gradients = gr.Checkbox(False, label="Also the rewards' gradients (slower): needed for directed weights", elem_id="lab-gradients")
 
     def chosen(which: str) -> list[Any]:
@@ -334,9 +336,9 @@ def _source(place: Place) -> list[Any]:
 # -- results ----------------------------------------------------------------------------------------------------------------------
 
 
-def _results(place: Place, form: Form, number: gr.State) -> Results:
+def _results(place: Place, form: Form, number: gr.Textbox) -> Results:
     """Section three."""
-    gr.Markdown("## 3. What they say")
+    gr.Markdown("## 3. What they say\nWhat each reward says, whether they agree, how they can be cheated, and which answers each method would push up or down.")
     with gr.Column(visible=False, elem_id="lab-results") as body:
         verdict = _html("verdict")
         cards = _html("cards")
@@ -376,7 +378,8 @@ def _weights(form: Form, again: Callable[..., list[Any]], inputs: list[Any], out
             for item in items:
                 weight = float(item["weight"] or 0)
                 reach = max(2.0, 2 * abs(weight))
-                slider = gr.Slider(-reach, reach, weight, step=0.05, label=f"Weight of {trials.label(item)}", min_width=200, elem_id=f"lab-weight-{item['id']}")
+                slider = gr.Slider(-reach, reach, weight, step=0.05, label=f"Weight of {trials.label(item)}", interactive=True, min_width=200,
+                                   elem_id=f"lab-weight-{item['id']}")
                 slider.change(_moving(item["id"], again), [form.items, slider, *inputs], [form.items, *outputs], trigger_mode="always_last", **QUIET)
 
 
