@@ -15,6 +15,7 @@ from localrl.algorithms import ALGORITHMS
 from localrl.algorithms.base import Algorithm
 from localrl.data import DataSettings
 from localrl.rewards import RewardSettings
+from localrl.rewards.sets import read_set
 from localrl.sections import (
     AdapterSettings,
     EvalSettings,
@@ -121,16 +122,18 @@ def _those(what: str) -> str:
     return " or ".join(name for name, kind in ALGORITHMS.items() if getattr(kind, what))
 
 
-def load_run(preset: str | None = None, config: Path | None = None, overrides: Sequence[str] = ()) -> Run:
-    """Preset, then file, then overrides ("rollout.temperature=0.8"), each on top of the one before.
+def load_run(preset: str | None = None, config: Path | None = None, overrides: Sequence[str] = (), rewards: str | None = None) -> Run:
+    """Preset, then file, then a set of rewards (its name, or its file), then overrides ("rollout.temperature=0.8"), each on top of the one before.
 
-    Raises UserError for an unknown preset, file or key (with the nearest valid one) or a value out of its bounds.
+    Raises UserError for an unknown preset, file, set or key (with the nearest valid one) or a value out of its bounds.
     """
     values: dict[str, Any] = {}
     if preset is not None:
         values = _merge(values, _read_toml(preset_path(preset)))
     if config is not None:
         values = _merge(values, _read_toml(config))
+    if rewards is not None:
+        values = _merge(values, read_set(rewards, Path.cwd()))
     above: dict[str, Any] = {}
     for line in overrides:                                          # first with each other, so that their order does not matter
         above = _merge(above, parse_override(line))

@@ -25,7 +25,7 @@ FLOORS = [
     {"planning"},
     {"record", "talk", "serve", "prepare", "probe", "provenance", "runs"},
     {"run"},
-    {"outcome"},
+    {"outcome", "lab"},
     {"comparison"},
     {"demo"},
     {"cli"},

@@ -62,6 +62,9 @@ class Algorithm(Settings):
     pictures: ClassVar[tuple[Picture, ...]] = ()
     """How its metrics are best shown; of `reports` that are in none of them each gets a line of its own."""
 
+    lab: ClassVar[tuple[tuple[str, Mapping[str, Any]], ...]] = ()
+    """What may be compared before training: (name for people, settings) each. It then says in `deserved` what its credit holds of a rollout."""
+
     @property
     def group_size(self) -> int:
         """The least number of rollouts of one prompt that it can learn from."""
@@ -120,6 +123,10 @@ class Algorithm(Settings):
     def token_weights(self, credit: Any) -> Tensor | None:
         """(B, T) how much each token of the step counts, for display; None: all the same."""
         return None
+
+    def deserved(self, credit: Any, directed: Sequence[float] = ()) -> Tensor:
+        """(B,) the advantages in a credit. `directed`: as the update has them with these weights of the directions."""
+        raise NotImplementedError
 
     def directions(self, weights: Sequence[float]) -> tuple[float, ...]:
         """The gradients that are kept apart for `steer`, with these weights of the rewards: how each counts at first. Empty: the ordinary step."""

@@ -52,6 +52,7 @@ class GDPO(Clipped):
 
     decouples_rewards = True
     needs_contrast = True
+    lab = (("GDPO, decoupled", {}), ("GDPO, directed by gradients", {"weighting": "directed"}))
     reports: ClassVar[tuple[str, ...]] = (*Clipped.reports, "conflicting_rewards", "gdpo/kept")
     pictures: ClassVar[tuple[Picture, ...]] = (
         Picture(
@@ -153,6 +154,13 @@ class GDPO(Clipped):
         if self.weighting == "fixed" or len(weights) < 2:
             return ()
         return (*(abs(w) for w in weights), *([1.0] if self.beta else []))
+
+    def deserved(self, credit: Credit, directed: Sequence[float] = ()) -> Tensor:
+        if not directed:
+            return credit.advantage
+        assert credit.single is not None
+        single = credit.single[:, 0]
+        return single @ torch.tensor(directed[: single.shape[1]], dtype=single.dtype)
 
     def objection(self, window: int | None, rewards: int) -> str | None:
         if self.weighting == "directed" and self.normalise == "tokens":

@@ -6,6 +6,7 @@ scale_rewards = none; DAPO (arXiv 2503.14476): share = token_mean, epsilon_high 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -69,6 +70,9 @@ class Clipped(OnPolicy):
     def credit(self, batch: Batch, readout: Readout) -> Credit:
         return Credit(self.advantage(batch), self.shared(batch, self.importance(batch, readout), self.share), readout.logp)
 
+    def deserved(self, credit: Credit, directed: Sequence[float] = ()) -> Tensor:
+        return credit.advantage
+
     def loss(self, batch: Batch, readout: Readout, credit: Credit) -> Loss:
         assert readout.logp is not None
         ratio = self.ratio(readout.logp, credit.old, batch.fresh)
@@ -95,6 +99,7 @@ class GRPO(Clipped):
     """Added to the standard deviation."""
 
     needs_contrast = True
+    lab = (("GRPO", {}),)
 
     def advantage(self, batch: Batch) -> Tensor:
         total = weighted_total(batch.rewards, batch.weights)

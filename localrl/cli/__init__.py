@@ -6,6 +6,7 @@ from localrl.quiet import quiet_libraries
 
 # isort: off
 from localrl.cli import training  # noqa: F401
+from localrl.cli import lab  # noqa: F401
 from localrl.cli import models  # noqa: F401
 from localrl.cli import web  # noqa: F401
 from localrl.cli import about  # noqa: F401

@@ -46,6 +46,9 @@ Overrides = Annotated[
 ]
 Preset = Annotated[str | None, typer.Option("--preset", "-p", help="One of `localrl presets`.")]
 Config = Annotated[Path | None, typer.Option("--config", "-c", help="A TOML file; on top of the preset.")]
+RewardSet = Annotated[
+    str | None, typer.Option("--rewards", "-r", metavar="NAME|FILE", help="A set of rewards: rewards/NAME.toml, or a file; on top of preset and config.")
+]
 Temperature = Annotated[float, typer.Option("--temperature", help="0: always the likeliest token.")]
 TopP = Annotated[float, typer.Option("--top-p", help="Keep the likeliest tokens that together have this probability.")]
 TopK = Annotated[int, typer.Option("--top-k", help="Keep this many of the likeliest tokens; 0: all.")]

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
-from localrl.cli.app import Config, Overrides, Preset, RunPath, app, console, say
+from localrl.cli.app import Config, Overrides, Preset, RewardSet, RunPath, app, console, say
 from localrl.settings import UserError
 
 
@@ -22,6 +22,7 @@ def train(
     overrides: Overrides = None,
     preset: Preset = None,
     config: Config = None,
+    rewards: RewardSet = None,
     from_log: Annotated[Path | None, typer.Option("--from-log", help="Learn from a file of responses (prompt, response, rewards); nothing is sampled.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything short of loading weights, show the plan, write nothing.")] = False,
 ) -> None:
@@ -40,7 +41,7 @@ def train(
     from localrl.run import train_run
 
     given = [*(_from_log(from_log, bare=not (preset or config)) if from_log else ()), *(overrides or [])]
-    run = load_run(preset or (None if config or from_log else "demo"), config, given)
+    run = load_run(preset or (None if config or from_log else "demo"), config, given, rewards)
     if dry_run:
         prepared = check_run(anchor(run, Path.cwd()), say)
         _show_plans(run, [prepared.plan])
@@ -81,6 +82,7 @@ def plan(
     overrides: Overrides = None,
     preset: Preset = None,
     config: Config = None,
+    rewards: RewardSet = None,
     card: Annotated[str | None, typer.Option("--card", help='"16GiB", "RTX 4080", or several with commas: "8GiB,12GiB,16GiB".')] = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
@@ -88,7 +90,7 @@ def plan(
     from localrl.config import load_run
     from localrl.planning import plan_for_card
 
-    run = load_run(preset or (None if config else "demo"), config, overrides or [])
+    run = load_run(preset or (None if config else "demo"), config, overrides or [], rewards)
     cards = [c.strip() for c in card.split(",")] if card else [None]
     say = _progress()
     plans = [plan_for_card(run, c, (lambda text: None) if as_json else say) for c in cards]

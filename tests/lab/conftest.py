@@ -1,0 +1,5 @@
+"""Fixtures."""
+
+from tests.ui.conftest import trained_run
+
+__all__ = ["trained_run"]
