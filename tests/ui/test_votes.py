@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+import localrl
 from ui.place import Place
 from ui.votes import Answer, Pair, Vote, file_of, keep, preferences, read, tally, wilson
 
@@ -48,3 +53,14 @@ def test_kept_votes_come_back_and_a_broken_line_is_counted(tmp_path: Path) -> No
     keep(file, vote(None, "a", "b"))
     assert read(file) == ([vote(0, "a", "b\u2028"), vote(None, "a", "b")], 2)
     assert file != file_of(place, tmp_path / "runs-a")
+
+
+@pytest.mark.parametrize("prompt", ["2 + 2?", [{"role": "system", "content": "Be short."}, {"role": "user", "content": "2 + 2?"}]])
+def test_preferences_are_a_log_to_learn_from(tmp_path: Path, prompt: str | list[dict[str, str]]) -> None:
+    log = tmp_path / "votes.jsonl"
+    rows = preferences([Vote(prompt, vote(best, "a", "b").answers, best, {"seed": 3}) for best in (0, 1, None)])
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = Path(localrl.__file__).parent / "demo" / "model"
+    command = [sys.executable, "-m", "localrl", "train", "--from-log", str(log), "--dry-run", f"model.path={model}", f"log.dir={tmp_path / 'run'}"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "400"})
+    assert done.returncode == 0, done.stdout + done.stderr
