@@ -17,7 +17,7 @@ from typing import Any
 from localrl.comparison.entries import BASE, Wanted, wanted
 from localrl.engines.files import facts
 from localrl.engines.llama_cpp import Sampling
-from localrl.exports import Files, adapter_of, base_of, exported
+from localrl.exports import Files, adapter_of, base_of
 from localrl.folder import checkpoints, read_run
 from localrl.settings import UserError
 
@@ -41,7 +41,7 @@ class Model:
 
 
 def models(place: Place, folder: Path | None) -> list[Model]:
-    """A run's base, its checkpoints and its merged files; then every other GGUF file of the workspace. A damaged file is listed: opening it says what is wrong."""
+    """A run's base, its checkpoints and its merged files; then all other GGUF files. A damaged one is listed: opening it says what is wrong."""
     found: list[Model] = []
     if folder is not None:
         base = _readable(base_of, folder)
@@ -265,7 +265,7 @@ class Judge:
         rollouts = []
         for one, content in said:
             ids = tuple(self.tokenizer([one.text], add_special_tokens=False)["input_ids"][0])
-            rollouts.append(Rollout(Request(Prompt(turn.row or 0, (), content, columns)), ids, one.text, one.done, 0))  # type: ignore[arg-type]
+            rollouts.append(Rollout(Request(Prompt(turn.row or 0, (), content, columns)), ids, one.text, one.done, 0))
         with self.lock, Rewards(settings, self.base) as rewards:
             for (one, _), scored in zip(said, rewards.score(rollouts), strict=True):
                 one.rewards = dict(zip(rewards.names, scored.rewards, strict=True))

@@ -28,7 +28,11 @@ OWN_QUESTION = "A question of your own"
 KIND = "compare"
 SECONDS = 2.0
 """Between two looks at an export that runs."""
-GO = "name => { const at = new URL(location.href); at.search = name ? '?run=' + encodeURIComponent(name) : ''; if (at.href !== location.href) location.assign(at); }"
+GO = """name => {
+  const at = new URL(location.href);
+  at.search = name ? '?run=' + encodeURIComponent(name) : '';
+  if (at.href !== location.href) location.assign(at);
+}"""
 CSS = """
 .columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(260px, 100%), 1fr)); gap: 12px; }
 .column { border: 1px solid var(--border-color-primary); border-radius: 6px; padding: .6rem .8rem; min-width: 0; }
@@ -107,7 +111,8 @@ def _parts() -> Parts:
             sampling = {name: _field(name, default, told) for name, default, told in talking.options()}
     with gr.Accordion("Votes so far", open=False):
         tally = gr.HTML(elem_id="chat-tally")
-        gr.Markdown("The download has a line an answer: prompt, response, model, and for a worse one `chosen` and `rejected`. `localrl train --from-log` takes it as it is.")
+        gr.Markdown("The download has a line an answer: prompt, response, model, and for a worse one `chosen` and `rejected`. "
+                    "`localrl train --from-log` takes it as it is.")
         download = gr.DownloadButton("Download votes as preferences", visible=False, elem_id="chat-download")
     return Parts(run, said, models, blind, export, exporting, gr.Timer(SECONDS, active=False), prompt, question, ask, stop, again, new, picture, ballot, choice,
                  vote, reveal, tally, download, system, seed, sampling, gr.State(None))  # fmt: skip
@@ -254,7 +259,7 @@ def _wire_opening(place: Place, parts: Parts, judge: Callable[[str], Judge]) -> 
         ready = [model.label for model in known if model.files is not None]
         first = ready if len(ready) <= 2 else [ready[0], [m.label for m in known if m.files and "/" not in m.label][-1] if run else ready[1]]
         shown = [(model.label if model.files else f"{model.label} (not exported yet)", model.label) for model in known]
-        fields = [gr.skip() if name not in settings else "\n".join(settings[name]) if isinstance(settings[name], tuple) else settings[name] for name in parts.sampling]
+        fields = [_filled(settings[name]) if name in settings else gr.skip() for name in parts.sampling]
         return [gr.Dropdown([("No run", ""), *runs], value=run), complaint, gr.Dropdown(shown, value=[*dict.fromkeys(first)]), system, talking.told(place, run),
                 _file_of_votes(place, run), Talk(run=run), *fields]  # fmt: skip
 
@@ -271,6 +276,11 @@ def _wire_opening(place: Place, parts: Parts, judge: Callable[[str], Judge]) -> 
     shown = [parts.run, parts.said, parts.models, parts.system, parts.tally, parts.download, parts.talk, *parts.sampling.values()]
     on_load(opened, None, shown, **QUIET).then(prompts, parts.run, [parts.prompt, parts.said], **QUIET)
     parts.run.input(None, parts.run, None, js=GO, **QUIET)
+
+
+def _filled(value: Any) -> Any:
+    """As its input has it."""
+    return "\n".join(value) if isinstance(value, tuple | list) else value
 
 
 def _wire_export(place: Place, parts: Parts) -> None:
