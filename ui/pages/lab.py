@@ -380,7 +380,7 @@ def _weights(form: Form, again: Callable[..., list[Any]], inputs: list[Any], out
                 reach = max(2.0, 2 * abs(weight))
                 slider = gr.Slider(-reach, reach, weight, step=0.05, label=f"Weight of {trials.label(item)}", interactive=True, min_width=200,
                                    elem_id=f"lab-weight-{item['id']}")
-                slider.input(_moving(item["id"], again), [form.items, slider, *inputs], [form.items, *outputs], trigger_mode="always_last", **QUIET)
+                slider.change(_moving(item["id"], again), [form.items, slider, *inputs], [form.items, *outputs], trigger_mode="always_last", **QUIET)
 
 
 def _moving(which: int, again: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
