@@ -67,7 +67,8 @@ def test_own_code_tried_weighed_and_saved(page: Any, served: Served) -> None:
     page.fill("#lab-set-name input, #lab-set-name textarea", "both")
     page.click("#lab-set-save")
     page.wait_for_selector("#lab-kept a[href='/new?rewards=both']")
-    done = subprocess.run([sys.executable, "-m", "localrl", "train", "--rewards", "both", "--dry-run"], cwd=served.root, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "localrl", "train", "--rewards", "both", "--dry-run"]
+    done = subprocess.run(command, cwd=served.root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr + done.stdout
     assert "weight = -1.5" in (served.root / "rewards" / "both.toml").read_text()
     page.reload()                                                        # the address has it all
