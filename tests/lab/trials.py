@@ -24,6 +24,9 @@ def rollouts(groups: Sequence[Sequence[Sequence[float]]]) -> tuple[Rollout, ...]
 def trial(groups: Sequence[Sequence[Sequence[float]]], weights: Sequence[float], probes: dict[str, Sequence[Sequence[float]]] | None = None) -> Trial:
     """Rewards a, b, ... with these weights."""
     functions = [{"function": "regex", "name": name, "weight": weight, "args": {"pattern": "."}} for name, weight in zip("abcd", weights, strict=False)]
-    fakes = {kind: tuple(replace(r, rewards=tuple(map(float, v))) for r, v in zip(rollouts([[v] for v in rows]), rows, strict=True)) for kind, rows in (probes or {}).items()}
+    fakes = {
+        kind: tuple(replace(r, rewards=tuple(map(float, v))) for r, v in zip(rollouts([[v] for v in rows]), rows, strict=True))
+        for kind, rows in (probes or {}).items()
+    }
     settings = RewardSettings.model_validate({"functions": functions})
     return Trial(settings, rollouts(groups), 8, "made by hand", {"a": Health(seconds=0.25)}, {}, (), fakes)

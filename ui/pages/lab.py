@@ -289,7 +289,7 @@ def _control(parameter: Parameter, value: Any) -> Any:
 
 
 def _keeps(form: Form, item: Item, key: str, component: Any, within: bool = False) -> None:
-    """What is typed goes into the form; the cards stay as they are."""
+    """What is typed goes into the form; the cards stay as they are. (`input`: a component that appears has not been typed into.)"""
 
     def kept(items: list[Item], value: Any) -> list[Item]:
         def changed(other: Item) -> Item:
@@ -297,7 +297,7 @@ def _keeps(form: Form, item: Item, key: str, component: Any, within: bool = Fals
 
         return [changed(other) if other["id"] == item["id"] else other for other in items]
 
-    component.change(kept, [form.items, component], form.items, **QUIET)
+    component.input(kept, [form.items, component], form.items, **QUIET)
 
 
 def _told(kind: type[RewardSettings] | type[RewardSpec], key: str) -> str:
