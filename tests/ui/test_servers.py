@@ -59,7 +59,7 @@ def test_shared_seeded_and_gone_at_the_end(servers: Servers, base: Path) -> None
 def test_a_killed_server_says_so_and_is_opened_anew(servers: Servers, base: Path) -> None:
     with servers.use(Files(base)) as one:
         os.killpg(one.process.pid, signal.SIGKILL)
-        with pytest.raises(UserError, match="was killed .signal 9."):
+        with pytest.raises(UserError, match=r"was killed .signal 9."):
             text(one, 0)
     with servers.use(Files(base)) as other:
         assert other is not one

@@ -67,7 +67,7 @@ def test_sampling_comes_from_its_class() -> None:
     assert {name: told for name, _, told in talking.options()}["top_k"] == "0: off."
     with pytest.raises(UserError, match="temperature = -1"):
         talking.sampling(given | {"temperature": -1})
-    with pytest.raises(UserError, match="top_k = 1.5"):
+    with pytest.raises(UserError, match=r"top_k = 1\.5"):
         talking.sampling(given | {"top_k": 1.5})
 
 
