@@ -45,7 +45,7 @@ def blind_vote(page: Any) -> None:
     assert heads.all_inner_texts() == ["Model A", "Model B"]
     assert page.locator("#chat-picture img, #chat-picture script").count() == 0
     assert HOSTILE in page.locator("#chat-picture").inner_text()
-    page.get_by_label("Model B").check()
+    page.get_by_role("radio", name="Model B").check()
     page.locator("#chat-vote").click()
     page.locator("#chat-picture h2", has_text="base").wait_for()
     assert sorted(heads.all_inner_texts()) == ["base", "checkpoint-3"]

@@ -45,8 +45,9 @@ def test_blind_hides_names_until_the_vote(tmp_path: Path) -> None:
     place = Place.at(tmp_path)
     it = talk(blind=True, shown=False)
     assert ">a<" not in talking.picture(it) and "Model A" in talking.picture(it)
+    assert "ok 1.00" not in talking.picture(it) and "tok/s" not in talking.picture(it)           # they would sway the vote
     talking.vote(place, it, "B", "")
-    assert ">a<" in talking.picture(it)
+    assert ">a<" in talking.picture(it) and "ok 1.00" in talking.picture(it)
     (vote,), bad = votes.read(talking.votes_on(place, ""))
     assert (vote.best, [a.model for a in vote.answers], vote.answers[0].rewards, bad) == (1, ["a", "b"], {"ok": 1.0}, 0)
     assert "0% (0% to 79%)" in talking.told(place, "")
