@@ -77,3 +77,16 @@ def test_what_there_is_to_open(trained_run: Path) -> None:
     found = {model.label: model.files for model in talking.models(place, trained_run)}
     assert found["base"] is None and found["checkpoint-3"] is None
     assert talking.exporting(place, trained_run, ["base", "checkpoint-3"]) == ["compare", "tiny", "base", "checkpoint-3", "--prompts", "1"]
+
+
+def test_held_out_answers_are_scored_by_all_rewards_own_questions_by_some(trained_run: Path) -> None:
+    judge = talking.Judge(trained_run, trained_run.parent)
+    held_out = judge.prompts[0]
+    right = f"<answer>{held_out.columns['answer']}</answer>"
+    turn = Turn(talking.said_last(held_out.content), held_out.content, 0, [Said(right, 9, 1.0, True, True), Said("", ended=True, wrong="died")])
+    assert judge.score(turn, [held_out.content] * 2) == ""
+    assert turn.said[0].rewards["correct"] == 1.0 and set(turn.said[0].rewards) == {"correct", "format", "brevity"}
+    assert turn.said[1].rewards == {}
+    own = Turn("?", None, None, [Said(right, 9, 1.0, True, True)])
+    assert "not scored by correct" in judge.score(own, [[{"role": "user", "content": "?"}]])
+    assert set(own.said[0].rewards) == {"format", "brevity"}
