@@ -360,11 +360,12 @@ def picture(talk: Talk) -> str:
         parts = [f"<h2>{html.text(talk.name(column))}</h2>"]
         for turn in talk.turns:
             said = turn.said[column]
-            parts.append(f'<div class="question"><span class="quiet">You</span><pre class="text">{html.text(turn.question)}</pre></div>')
+            parts.append(f'<div class="question"><span class="who">You</span><pre class="text">{html.text(turn.question)}</pre></div>')
             waiting = '<p class="quiet">opens or waits its turn ...</p>' if not said.ended and not said.text else ""
             parts.append(f'<div class="answer">{waiting}<pre class="text">{html.text(said.text)}</pre>{html.complaint(said.wrong)}')
-            marks = [html.text(f"{name} {value:.2f}" if math.isfinite(value) else f"{name} -") for name, value in said.rewards.items()]
-            facts = html.text(said.facts)
-            parts.append(f'<p class="facts quiet">{facts}{" &middot; " if marks and facts else ""}{" &middot; ".join(marks)}</p></div>')
+            if talk.shown:                                           # rewards and speed would sway a blind vote
+                marks = [html.text(f"{name} {value:.2f}" if math.isfinite(value) else f"{name} -") for name, value in said.rewards.items()]
+                parts.append(f'<p class="facts">{" &middot; ".join([*([html.text(said.facts)] if said.facts else []), *marks])}</p>')
+            parts.append("</div>")
         columns.append(f'<section class="column" aria-label="{html.text(talk.name(column))}">{"".join(parts)}</section>')
     return f'<div class="columns">{"".join(columns)}</div>' + html.notice(talk.note)

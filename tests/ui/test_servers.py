@@ -59,7 +59,7 @@ def test_shared_seeded_and_gone_at_the_end(servers: Servers, base: Path) -> None
 def test_a_killed_server_says_so_and_is_opened_anew(servers: Servers, base: Path) -> None:
     with servers.use(Files(base)) as one:
         os.killpg(one.process.pid, signal.SIGKILL)
-        with pytest.raises(UserError, match="was killed .signal 9."):
+        with pytest.raises(UserError, match=r"was killed .signal 9."):
             text(one, 0)
     with servers.use(Files(base)) as other:
         assert other is not one
@@ -103,3 +103,14 @@ def test_no_orphan_when_the_ui_is_killed(base: Path) -> None:
     while child.is_running() and child.status() != psutil.STATUS_ZOMBIE and time.monotonic() < end:
         time.sleep(0.2)
     assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+
+
+def test_stopped_in_the_middle(servers: Servers, base: Path) -> None:
+    """The server is free for the next question at once."""
+    with servers.use(Files(base)) as one:
+        whole = text(one, 3)
+        got: list[str] = []
+        for piece in one.answer(ASKED, SETTINGS, 3, lambda: len("".join(got)) > 0):
+            got.append(piece.text)
+        assert 0 < len("".join(got)) < len(whole)
+        assert text(one, 3) == whole

@@ -32,7 +32,7 @@ def test_from_rewards_to_an_answer(served: Served, page: Any, browser: Any) -> N
     page.locator("#lab-results", has_text="correct").wait_for(timeout=5 * PATIENCE)
     page.locator("#lab-set-name input, #lab-set-name textarea").first.fill("sums")
     page.locator("#lab-set-save").click()
-    page.wait_for_function("() => document.querySelector('#lab-said').innerText.includes('sums')", timeout=2 * PATIENCE)
+    page.wait_for_function("() => document.querySelector('#lab-kept').innerText.includes('sums')", timeout=2 * PATIENCE)
     assert (served.root / "rewards" / "sums.toml").is_file()
 
     # A new run from that set.

@@ -39,6 +39,7 @@ CSS = """
 h2 { font-size: 1rem; font-weight: 600; margin: 0 0 .4rem; overflow-wrap: anywhere; }
 pre.text { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; font-family: var(--font-mono); font-size: .85rem; }
 .question { border-left: 3px solid var(--border-color-primary); padding-left: .6rem; margin: .4rem 0; }
+.who { font-size: .8rem; font-weight: 600; }
 .answer { margin: .4rem 0 .8rem; } .facts { font-size: .8rem; margin: .3rem 0; font-variant-numeric: tabular-nums; }
 .complaint, .notice { margin: .4rem 0; overflow-wrap: anywhere; }
 """
@@ -64,7 +65,7 @@ class Parts:
     again: gr.Button
     new: gr.Button
     picture: gr.HTML
-    ballot: gr.Group
+    ballot: gr.Column
     choice: gr.Radio
     vote: gr.Button
     reveal: gr.Button
@@ -86,20 +87,20 @@ def build(place: Place) -> None:
 def _parts() -> Parts:
     """From top to bottom: whom, what, their answers, the vote, the settings."""
     run = gr.Dropdown([], label="Run: its prompts, rewards and exported models", interactive=True, elem_id="chat-run")
-    said = gr.HTML(css_template=CSS, apply_default_css=False, elem_id="chat-said")
+    said = gr.HTML(css_template=CSS, apply_default_css=False, padding=False, elem_id="chat-said")
     models = gr.Dropdown([], label=f"Models (1 to {MOST}, side by side)", multiselect=True, max_choices=MOST, interactive=True, elem_id="chat-models")
     blind = gr.Checkbox(False, label="Blind: columns are shuffled and without names until you vote", elem_id="chat-blind")
     export = gr.Button("Export what is missing", visible=False, elem_id="chat-export")
-    exporting = gr.HTML(css_template=CSS, apply_default_css=False, elem_id="chat-exporting")
+    exporting = gr.HTML(css_template=CSS, apply_default_css=False, padding=False, elem_id="chat-exporting")
     prompt = gr.Dropdown([OWN_QUESTION], value=OWN_QUESTION, label="Prompt", interactive=True, elem_id="chat-prompt")
     question = gr.Textbox(label="Question", lines=2, placeholder="What all of them are asked", elem_id="chat-question")
     with gr.Row():
         ask = gr.Button("Ask", variant="primary", min_width=90, scale=0, elem_id="chat-ask")
         stop = gr.Button("Stop", min_width=90, scale=0, elem_id="chat-stop")
         again = gr.Button("Regenerate", min_width=120, scale=0, elem_id="chat-again")
-        new = gr.Button("New conversation", min_width=160, scale=0, elem_id="chat-new")
+        new = gr.Button("New conversation", min_width=200, scale=0, elem_id="chat-new")
     picture = gr.HTML(talking.picture(Talk()), css_template=CSS, apply_default_css=False, elem_id="chat-picture")
-    with gr.Group(visible=False, elem_id="chat-ballot") as ballot:
+    with gr.Column(visible=False, elem_id="chat-ballot") as ballot:
         choice = gr.Radio([], label="Which answer is the best?", elem_id="chat-choice")
         with gr.Row():
             vote = gr.Button("Vote and reveal", variant="primary", elem_id="chat-vote")
@@ -165,7 +166,7 @@ def _wire(place: Place, parts: Parts) -> None:
         if talk is not None:
             talk.stopped = True
         new = Talk(run=talk.run if talk else "")
-        return [new, "", talking.picture(new), gr.Group(visible=False), None, ""]
+        return [new, "", talking.picture(new), gr.Column(visible=False), None, ""]
 
     parts.stop.click(stopped, parts.talk, None, queue=False, **QUIET)
     parts.new.click(fresh, parts.talk, shown, **QUIET)
@@ -184,7 +185,7 @@ def _answers(place: Place, judge: Callable[[str], Judge], parts: Parts, talk: Ta
     talk.busy, talk.stopped, talk.note = True, False, ""
     try:
         for _ in talking.ask(talk, talking.models(place, _folder(place, talk.run)), SERVERS, system, settings, seed):
-            yield [talk, "", talking.picture(talk), gr.Group(visible=False), gr.skip(), gr.skip()]
+            yield [talk, "", talking.picture(talk), gr.Column(visible=False), gr.skip(), gr.skip()]
         if talk.run:
             yield [talk, html.notice("scoring ..."), talking.picture(talk), gr.skip(), gr.skip(), gr.skip()]
             prompts = [talk.prompt(column, len(talk.turns) - 1, system) for column in range(len(talk.models))]
@@ -197,7 +198,7 @@ def _answers(place: Place, judge: Callable[[str], Judge], parts: Parts, talk: Ta
     votable = talk.blind and not talk.shown and len(talk.models) > 1 and len(talk.turns) == 1
     letters = [*talking.LETTERS[: len(talk.models)]]
     choices = gr.Radio([*[(f"Model {letter}", letter) for letter in letters], ("Tie", "tie")], value=None) if votable else gr.skip()
-    yield [talk, html.notice("stopped") if talk.stopped else "", talking.picture(talk), gr.Group(visible=votable), choices, ""]
+    yield [talk, html.notice("stopped") if talk.stopped else "", talking.picture(talk), gr.Column(visible=votable), choices, ""]
 
 
 def _begin(judge: Callable[[str], Judge], parts: Parts, talk: Talk, values: tuple[Any, ...], again: bool) -> tuple[str, dict[str, Any], int]:
@@ -326,13 +327,13 @@ def _wire_votes(place: Place, parts: Parts) -> None:
         except UserError as error:
             return [talk, html.complaint(error), gr.skip(), gr.skip(), gr.skip(), gr.skip()]
         assert talk is not None
-        return [talk, html.notice("vote kept"), talking.picture(talk), gr.Group(visible=False), talking.told(place, talk.run), _file_of_votes(place, talk.run)]
+        return [talk, html.notice("vote kept"), talking.picture(talk), gr.Column(visible=False), talking.told(place, talk.run), _file_of_votes(place, talk.run)]
 
     def revealed(talk: Talk | None) -> list[Any]:
         if talk is None:
             return [gr.skip()] * 6
         talk.shown = talk.voted = True
-        return [talk, html.notice("revealed; no vote was kept"), talking.picture(talk), gr.Group(visible=False), gr.skip(), gr.skip()]
+        return [talk, html.notice("revealed; no vote was kept"), talking.picture(talk), gr.Column(visible=False), gr.skip(), gr.skip()]
 
     shown = [parts.talk, parts.said, parts.picture, parts.ballot, parts.tally, parts.download]
     parts.vote.click(voted, [parts.talk, parts.choice, parts.system], shown, **QUIET)
