@@ -26,6 +26,7 @@ def until_finished(served: Served, name: str) -> None:
 def test_from_rewards_to_an_answer(served: Served, page: Any, browser: Any) -> None:
     # The Reward lab: the demo's rewards, tried on completions of the untrained model, kept as a set.
     page.goto(f"{served.url}/lab")
+    page.get_by_label("Name of reward 1").wait_for()
     page.locator("#lab-prompts input").fill("4")
     page.locator("#lab-each input").fill("4")
     page.locator("#lab-try").click()
@@ -48,7 +49,7 @@ def test_from_rewards_to_an_answer(served: Served, page: Any, browser: Any) -> N
     page.reload()
     second, _ = open_page(browser)
     second.goto(f"{served.url}/")
-    second.get_by_role("link", name="runs/demo-001").wait_for()
+    second.get_by_role("link", name="runs/demo-001", exact=True).wait_for()
     second.close()
     until_finished(served, "runs/demo-001")
     assert [spec.label for spec in read_run(served.root / "runs/demo-001").rewards.functions] == ["correct", "format", "brevity"]
