@@ -30,12 +30,41 @@ def workspace(root: Path) -> None:
     for command in (
         ["train", "--preset", "demo", "steps=30", "eval.limit=16", "eval.every=10", "log.save_steps=10", f"log.dir={root / 'runs' / 'sums'}"],
         ["export", str(root / "runs" / "sums"), "--type", "q8_0"],
+        ["compare", str(root / "runs" / "sums"), "--prompts", "2"],                    # exports base and adapter
     ):
         subprocess.run([sys.executable, "-m", "localrl", *command], cwd=root, check=True)
     (root / "questions.jsonl").write_text('{"prompt": [{"role": "user", "content": "What is 27 + 46?"}], "answer": "73"}\n' * 40)
 
 
-PREPARE: dict[str, Callable[[Any], None]] = {}
+def tried(tab: Any) -> None:
+    """Rewards on some completions."""
+    tab.get_by_label("Name of reward 1").wait_for()
+    tab.locator("#lab-try").click()
+    tab.locator("#lab-results", has_text="correct").wait_for()
+    tab.wait_for_timeout(1000)
+    tab.locator("#lab-results").evaluate("it => it.scrollIntoView()")
+
+
+def asked(tab: Any) -> None:
+    """The same question to the base and to what was trained, which are chosen already."""
+    tab.get_by_text("checkpoint-30").first.wait_for()
+    tab.locator("#chat-question textarea").fill(TALK)
+    tab.locator("#chat-ask").click()
+    tab.locator("#chat-picture", has_text="tok/s").wait_for()
+    tab.wait_for_timeout(3000)
+
+
+def planned(tab: Any) -> None:
+    """The plan is there."""
+    tab.locator("#new-plan", has_text="fit").wait_for()
+
+
+def examined(tab: Any) -> None:
+    """The findings are there."""
+    tab.locator("#doctor-said table").wait_for()
+
+
+PREPARE: dict[str, Callable[[Any], None]] = {"/lab": tried, "/chat": asked, "/new": planned, "/doctor": examined}
 """What a person would have done on a page before it is worth a picture, by the page's path."""
 
 

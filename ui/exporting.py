@@ -8,6 +8,7 @@ import json
 import secrets
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,6 +17,7 @@ from urllib.parse import quote
 
 from localrl.config import Run
 from localrl.export import DType, Merge, What, check_exportable
+from localrl.exports import find
 from localrl.folder import checkpoints, read_run
 from localrl.settings import UserError
 
@@ -207,7 +209,7 @@ def _one(place: Place, one: Made) -> str:
         verdict = '<span class="quiet">no report lies beside it</span>'
     told = " · ".join([size(path.stat().st_size), *([f"{report['what']}, {report['dtype']}"] if {"what", "dtype"} <= report.keys() else [])])
     body = checks(report) + rewards(report) + "".join(notice(note) for note in report.get("notes", ()))
-    use = "" if one.failed else usage(place, path)
+    use = "" if one.failed else usage(place, path, str(report.get("what", "")))
     return (f'<section class="made"><h3>{text(path.name)}</h3><p>{verdict} · {text(told)}</p>{use}'
             f"<details{' open' if one.failed else ''}><summary>What was compared with the trained model</summary>{body}</details></section>")
 
@@ -232,10 +234,13 @@ def rewards(report: dict[str, Any]) -> str:
     return table(("reward on held-out prompts", "trained model", "this file", "difference"), rows, numbers=(1, 2, 3)) if rows else ""
 
 
-def usage(place: Place, path: Path) -> str:
+def usage(place: Place, path: Path, what: str) -> str:
     """Download, and the commands that use it."""
-    shown = place.shown(path)
-    lines = [f"localrl chat {shlex.quote(shown)}", f"localrl serve {shlex.quote(shown)}", f"llama-cli -m {shlex.quote(shown)}"]
+    shown = shlex.quote(place.shown(path))
+    lines = [f"localrl chat {shown}", f"localrl serve {shown}", f"llama-cli -m {shown}"]
+    if what == "adapter":
+        with suppress(UserError):
+            lines[-1] = f"llama-cli -m {shlex.quote(place.shown(find(path).model))} --lora {shown}"
     beside = path.parent / "Modelfile"
     extra = [p for p in (beside, path.parent / "README.md") if p.is_file()]
     links = " ".join(f'<a class="do" href="{link(place, p)}" download>{text(p.name)}</a>' for p in (path, *extra))

@@ -31,7 +31,7 @@ table.plain { border-collapse: collapse; width: 100%; font-variant-numeric: tabu
 table.plain th, table.plain td { padding: .35rem .6rem; text-align: left; border-bottom: 1px solid var(--border-color-primary); vertical-align: top; }
 table.plain td.number, table.plain th.number { text-align: right; white-space: nowrap; }
 pre.text { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; font-family: var(--font-mono); font-size: .85rem; }
-@media (max-width: 600px) { .gradio-container { padding: .5rem !important; } }
+@media (max-width: 600px) { .gradio-container { padding: .5rem !important; } .wide { max-width: calc(100vw - 5.5rem); } }
 """
 
 DO = """

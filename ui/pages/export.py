@@ -23,12 +23,10 @@ NEWEST = "the newest checkpoint"
 CSS = """
 .made { border: 1px solid var(--border-color-primary); border-radius: 6px; padding: .6rem .9rem; margin: 0 0 .8rem; }
 .made h3 { font-size: 1rem; margin: 0 0 .3rem; overflow-wrap: anywhere; } .made p { margin: .3rem 0; } .made summary { cursor: pointer; padding: .3rem 0; }
+pre.text { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; font-size: .85rem; }
 """
 GO = "name => { if (name) window.location.search = '?run=' + encodeURIComponent(name); }"
-WHAT = {
-    "merged": "merged: one file with everything, the simplest to use", "adapter": "adapter: a small file on top of its base, for several adapters on one base",
-    "base": "base: the model before training, to compare with",
-}  # fmt: skip
+WHAT = {"merged": "merged: one file with everything", "adapter": "adapter: small, goes on its base", "base": "base: as it was before training"}
 
 
 def build(place: Place) -> None:
@@ -51,7 +49,7 @@ def build(place: Place) -> None:
         )
         with gr.Accordion("How large, how fast?", open=False):
             sizes = gr.HTML(elem_id="export-sizes")
-        line = gr.Code(label="The same in a terminal", language="shell", interactive=False, elem_id="export-command")
+        line = gr.Code(label="The same in a terminal", language="shell", interactive=False, wrap_lines=True, elem_id="export-command")
         with gr.Row():
             go = gr.Button("Export", variant="primary", min_width=160, scale=0, elem_id="export-go")
             cancel = gr.Button("Cancel", visible=False, min_width=140, scale=0, elem_id="export-cancel")
