@@ -171,10 +171,9 @@ def test_check_everything_shows_the_prompt_as_the_model_sees_it(served: Served, 
 
 
 def test_a_run_that_cannot_begin_is_said_here(served: Served, page: Any) -> None:
-    (served.root / "bare.jsonl").write_text(json.dumps({"prompt": "What is 1 + 1?"}) + "\n")
     page.goto(f"{served.url}/new")
     page.locator("#new-preview", has_text="The embedded task").wait_for()
-    setting(page, "data-path").fill("bare.jsonl")
-    page.locator("#new-preview", has_text="The first 1 rows").wait_for()
+    setting(page, "data-path").fill("missing.jsonl")
+    page.locator("#new-preview", has_text="there is no data file").wait_for()
     page.locator("#new-start").click()
     page.locator("#new-begun", has_text="did not start").wait_for(timeout=4 * PATIENCE)

@@ -49,7 +49,7 @@ def build(place: Place) -> None:
         )
         with gr.Accordion("How large, how fast?", open=False):
             sizes = gr.HTML(elem_id="export-sizes")
-        line = gr.Code(label="The same in a terminal", language="shell", interactive=False, wrap_lines=True, elem_id="export-command")
+        line = gr.Code(label="The same in a terminal", language=None, interactive=False, wrap_lines=True, elem_id="export-command")
         with gr.Row():
             go = gr.Button("Export", variant="primary", min_width=160, scale=0, elem_id="export-go")
             cancel = gr.Button("Cancel", visible=False, min_width=140, scale=0, elem_id="export-cancel")

@@ -109,7 +109,7 @@ def build(place: Place) -> None:
         check = gr.Button("Check everything first", min_width=200, scale=0, elem_id="new-check")
     begun_html = gr.HTML(css_template=DO, apply_default_css=False, elem_id="new-begun")
     with gr.Accordion("The same as a command line, and as a file", open=False, elem_id="new-same"):
-        line = gr.Code(label="Command line", language="shell", interactive=False, wrap_lines=True, elem_id="new-command")
+        line = gr.Code(label="Command line", language=None, interactive=False, wrap_lines=True, elem_id="new-command")
         file = gr.Code(label="TOML, for --config", interactive=False, elem_id="new-toml")
     gr.Markdown("## Everything else")
     sections = others(items, made)
