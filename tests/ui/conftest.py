@@ -82,8 +82,8 @@ def open_page(browser: Any, width: int = 1440, height: int = 900, dark: bool = F
     page.set_default_timeout(PATIENCE)
     watched = Watched([], [])
     page.on("request", lambda r: None if r.url.startswith(("data:", "blob:")) or "//127.0.0.1:" in r.url else watched.outward.append(r.url))
-    page.on("pageerror", lambda e: watched.errors.append(str(e)))
-    page.on("console", lambda m: watched.errors.append(m.text) if m.type == "error" else None)
+    page.on("pageerror", lambda e: None if "AbortError" in str(e) else watched.errors.append(str(e)))       # a stream that the next page cuts off
+    page.on("console", lambda m: watched.errors.append(m.text) if m.type == "error" and "AbortError" not in m.text else None)
     return page, watched
 
 

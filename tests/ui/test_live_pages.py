@@ -168,7 +168,9 @@ def test_stop_resume_and_delete_from_the_list(served: Served, page: Any, ended: 
     saved = look(folder).saved
     assert saved is not None
     page.get_by_role("button", name="Resume runs/listed").click()
+    page.wait_for_function("() => Number(document.querySelector('#runs-steps input')?.value) > 1")        # what is offered has come
     page.locator("#runs-steps input").fill("1")
+    page.locator("#runs-steps input").press("Tab")
     page.locator("#runs-resume-go").click()
     says(page, "#runs-said", f"has done {saved} steps")
     page.locator("#runs-steps input").fill(str(saved + 2))
