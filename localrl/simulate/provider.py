@@ -22,6 +22,7 @@ from localrl.memory.lines import Lines
 from localrl.memory.reality import store
 from localrl.memory.shape import ModelShape
 from localrl.memory.work import Work
+from localrl.simulate.scratch import tiles
 
 VERSION = 3
 """Counts up when the code that is simulated needs other memory than before; a test compares what travels with what is found."""
@@ -137,8 +138,8 @@ def _as_asked(run: Run, work: Work) -> Run:
 
 @cache
 def _libraries() -> str:
-    """Their minor versions, which decide what tensors there are, in a few letters."""
-    told = {name: ".".join(version(name).split("+")[0].split(".")[:2]) for name in LIBRARIES}
+    """Their minor versions, which decide what tensors there are, and whether this processor has tiles, in a few letters."""
+    told = {name: ".".join(version(name).split("+")[0].split(".")[:2]) for name in LIBRARIES} | {"tiles": str(tiles(torch.bfloat16))}
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
 
 

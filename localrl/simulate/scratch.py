@@ -23,10 +23,34 @@ def _update_8bit(args: Any, out: Any) -> int:
     return 20 * int(args[1].numel())
 
 
+def tiles(dtype: torch.dtype) -> bool:
+    """Whether this processor multiplies by matrix tiles."""
+    return dtype == torch.bfloat16 and getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+
+
+def _laid_out(rows: int, wide: int, out: int, dtype: torch.dtype) -> int:
+    """A weight (out, wide), as oneDNN lays it out for matrix tiles: the whole of it for about as many rows as it has outputs, measured with one thread
+    for weights up to 1 MiB. Of larger ones it lays out a part (1 to 14 MiB for weights 2,048 wide), which no rule foretells and which is little beside
+    them: left out. The limits are the same for every number of rows that is simulated, so that sizes stay sums."""
+    size = wide * out * dtype.itemsize
+    return size if tiles(dtype) and rows >= 256 and out <= 1024 and size <= 2**20 else 0
+
+
+def _product(args: Any, out: Any) -> int:
+    """Arguments: input (rows, in) and weight (in, out), after what is added to their product if anything is."""
+    one, other = args[-2:]
+    return _laid_out(*one.shape, other.shape[1], one.dtype)
+
+
 def _unpacked(args: Any, out: Any) -> int:
     """The weight in the input's type, and a float32 scale for every 64 of its numbers. Arguments: input, packed weight, shape of the weight, ..."""
     count = int(args[2][0] * args[2][1])
     return count * int(args[0].dtype.itemsize) + count // 16
+
+
+def _unpacked_and_laid_out(args: Any, out: Any) -> int:
+    wide = args[0].shape[-1]
+    return _unpacked(args, out) + _laid_out(args[0].numel() // wide, wide, int(args[2][0]), args[0].dtype)
 
 
 def _unpacked_where_many(args: Any, out: Any) -> int:
@@ -46,8 +70,7 @@ def _repacked(args: Any, out: Any) -> int:
     """Keys and values in bfloat16, laid out for matrix tiles where the processor has them and rows are 64 tokens or longer. Arguments: query (B, Hq, S, D),
     key, value. What each thread holds beside that, 0.6 MiB at most for heads 64 wide, is left out: it does not grow with the work."""
     query, key, value = args[:3]
-    tiles = key.dtype == torch.bfloat16 and getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
-    return int(key.nbytes + value.nbytes) if tiles and min(query.shape[2], key.shape[2]) >= 64 else 0
+    return int(key.nbytes + value.nbytes) if tiles(key.dtype) and min(query.shape[2], key.shape[2]) >= 64 else 0
 
 
 def _converted(args: Any, out: Any) -> int:
@@ -61,7 +84,8 @@ def _converted(args: Any, out: Any) -> int:
 
 SCRATCH: Mapping[str, Scratch] = {
     "cpu:bitsandbytes::optimizer_update_8bit_blockwise": _update_8bit,
-    "cpu:bitsandbytes::gemm_4bit": _unpacked,
+    "cpu:bitsandbytes::gemm_4bit": _unpacked_and_laid_out,
+    **{f"cpu:aten::{name}": _product for name in ("mm", "addmm", "addmm_")},
     "cpu:aten::_scaled_dot_product_flash_attention_for_cpu": _repacked,
     "cuda:bitsandbytes::gemm_4bit": _unpacked_where_many,
     **{f"cpu:aten::{name}": _converted for name in ("add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_")},
