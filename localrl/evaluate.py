@@ -65,8 +65,8 @@ def completion_rows(
     rollouts: Sequence[Rollout], names: Sequence[str], weights: Sequence[float], token_weights: Tensor | None = None,
     decode: Callable[[list[list[int]]], list[str]] | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Rollouts as plain rows, for the completions files. `token_weights` (B, T): how much each token counted, with the tokens' ids beside it, and
-    with `decode` (many token rows -> many texts) how many characters of the completion each of them wrote."""
+    """Rollouts as plain rows, for the completions files. `token_weights` (B, T): how much each token counted. With `decode` (many token rows -> many
+    texts) also each token's id, how many characters of the completion it wrote, and its log-probability (nats) as it was sampled."""
     rows: list[dict[str, Any]] = [
         {
             "prompt_id": r.request.prompt.id,
@@ -80,16 +80,16 @@ def completion_rows(
         }
         for r in rollouts
     ]
-    if token_weights is None:
+    for row, rollout, own in zip(rows, rollouts, token_weights.tolist() if token_weights is not None else (), strict=False):
+        row["token_weights"] = [round(w, 4) for w in own[: len(rollout.tokens)]]
+    if decode is None:
         return rows
-    alone: dict[int, str] = {}
-    if decode is not None:
-        ids = sorted({token for rollout in rollouts for token in rollout.tokens})
-        alone = dict(zip(ids, decode([[token] for token in ids]), strict=True))
-    for row, rollout, own in zip(rows, rollouts, token_weights.tolist(), strict=False):
-        row |= {"token_ids": rollout.tokens, "token_weights": [round(w, 4) for w in own[: len(rollout.tokens)]]}
-        if decode is not None:
-            row["token_lengths"] = token_lengths(rollout.text, [alone[token] for token in rollout.tokens])
+    ids = sorted({token for rollout in rollouts for token in rollout.tokens})
+    alone = dict(zip(ids, decode([[token] for token in ids]), strict=True))
+    for row, rollout in zip(rows, rollouts, strict=True):
+        row |= {"token_ids": rollout.tokens, "token_lengths": token_lengths(rollout.text, [alone[token] for token in rollout.tokens])}
+        if rollout.logp is not None:
+            row["token_logps"] = [round(logp, 3) for logp in rollout.logp]
     return rows
 
 

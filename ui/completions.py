@@ -1,11 +1,11 @@
-"""What the model wrote: a step's completions, filtered, sorted and shown as text, each token tinted by its weight."""
+"""What the model wrote: a step's completions, filtered, sorted and shown as text, each token tinted by its weight or its surprise."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,9 @@ FOLD = 1200
 PAGE = 12
 """Answers, or prompts with their answers, on a page."""
 TOTAL = "total"
+WEIGHT, SURPRISE = "weight in learning", "surprise"
+TINTS = (WEIGHT, SURPRISE)
+"""What tokens can be tinted by."""
 ORDERS = {"as sampled": None, "best first": True, "worst first": False, "longest first": True}
 
 
@@ -35,6 +38,17 @@ class Wanted:
     words: str = ""
     """Only answers, or prompts, with these in them."""
     page: int = 1
+    tint: str = WEIGHT
+    """One of `TINTS`; what a step does not tell gives way to the other."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """A stretch of an answer, and what its tokens have in common."""
+
+    part: str
+    number: float
+    tint: str
 
 
 @dataclass(frozen=True)
@@ -94,9 +108,9 @@ def show(rows: Sequence[dict[str, Any]], wanted: Wanted) -> Shown:
     if not part:
         said = "No answer fits these filters: widen the range, or clear the words." if rows else "There are no completions of this step."
         return Shown(notice(said), 0, 1)
-    body = "".join(_group(group) for group in part) if wanted.grouped else "".join(_alone(group[0]) for group in part)
-    weighted = any("token_weights" in row for row in rows)
-    return Shown((_legend(rows) if weighted else "") + body, len(kept), pages)
+    tint = _told(rows, wanted.tint)
+    body = "".join(_group(group, tint) for group in part) if wanted.grouped else "".join(_alone(group[0], tint) for group in part)
+    return Shown(_legend(rows, tint) + body, len(kept), pages)
 
 
 # -- choosing -------------------------------------------------------------------------------------------------------------------
@@ -142,16 +156,16 @@ def _rewards(row: Mapping[str, Any]) -> Mapping[str, Any]:
 # -- showing --------------------------------------------------------------------------------------------------------------------
 
 
-def _group(rows: Sequence[dict[str, Any]]) -> str:
+def _group(rows: Sequence[dict[str, Any]], tint: str) -> str:
     scores = [score for row in rows if not math.isnan(score := value(row, TOTAL))]
     told = f"reward {min(scores):.3g} to {max(scores):.3g}" if scores else "no reward"
     many = "answer" if len(rows) == 1 else "answers"
     head = f'<h3>Prompt {text(rows[0].get("prompt_id"))} <span class="quiet">{len(rows)} {many}, {told}</span></h3>'
-    return f'<section class="group">{head}{_prompt(rows[0])}{"".join(_answer(row) for row in rows)}</section>'
+    return f'<section class="group">{head}{_prompt(rows[0])}{"".join(_answer(row, tint) for row in rows)}</section>'
 
 
-def _alone(row: Mapping[str, Any]) -> str:
-    return f'<section class="group"><h3>Prompt {text(row.get("prompt_id"))}</h3>{_prompt(row)}{_answer(row)}</section>'
+def _alone(row: Mapping[str, Any], tint: str) -> str:
+    return f'<section class="group"><h3>Prompt {text(row.get("prompt_id"))}</h3>{_prompt(row)}{_answer(row, tint)}</section>'
 
 
 def _prompt(row: Mapping[str, Any]) -> str:
@@ -165,85 +179,111 @@ def _plain(prompt: object) -> str:
     return prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
 
 
-def _answer(row: Mapping[str, Any]) -> str:
+def _answer(row: Mapping[str, Any], tint: str) -> str:
     chips = [f'<span class="chip main">reward <b>{_score(value(row, TOTAL))}</b></span>']
     chips += [f'<span class="chip">{text(name)} <b>{_score(value(row, name))}</b></span>' for name in _rewards(row)]
     ended = "" if row.get("done", True) else ', <span class="bad">cut at the limit</span>'
     about = f'<span class="quiet">sample {text(row.get("sample", ""))}, {text(row.get("tokens", "?"))} tokens{ended}</span>'
-    return f'<article class="answer"><div class="chips">{"".join(chips)}{about}</div>{_written(row)}</article>'
+    return f'<article class="answer"><div class="chips">{"".join(chips)}{about}</div>{_written(row, tint)}</article>'
 
 
 def _score(score: float) -> str:
     return "none" if math.isnan(score) else f"{score:.3g}"
 
 
-def _written(row: Mapping[str, Any]) -> str:
+def _written(row: Mapping[str, Any], tint: str) -> str:
     """The completion, tinted where it is known which characters each token wrote."""
-    spans = tinted(row)
-    return folded(row["completion"]) if spans is None else _folded([*spans])
+    spans = tinted(row, tint)
+    return folded(row["completion"]) if spans is None else _folded(spans)
 
 
-def tinted(row: Mapping[str, Any]) -> list[tuple[str, float]] | None:
-    """(text, weight) of stretches that weigh the same; None: the row does not tell.
+def _numbers(row: Mapping[str, Any], tint: str) -> list[float] | None:
+    """One a token; None: the row does not tell."""
+    found = row.get("token_weights" if tint == WEIGHT else "token_logps")
+    if not isinstance(found, list):
+        return None
+    plain, sign = (1.0, 1.0) if tint == WEIGHT else (0.0, -1.0)
+    return [sign * float(number) if isinstance(number, int | float) else plain for number in found]
 
-    >>> tinted({"completion": "ab c", "token_weights": [1.0, 1.0, 2.0], "token_lengths": [1, 1, 2]})
+
+def _told(rows: Sequence[Mapping[str, Any]], tint: str) -> str:
+    """What was asked for, or the other where only that is known; "": neither is."""
+    order = (tint, *(other for other in TINTS if other != tint))
+    return next((kind for kind in order if any(_numbers(row, kind) is not None for row in rows)), "")
+
+
+def tinted(row: Mapping[str, Any], tint: str = WEIGHT) -> list[Span] | None:
+    """Stretches of tokens that are alike; None: the row does not tell.
+
+    >>> [(span.part, span.number) for span in tinted({"completion": "ab c", "token_weights": [1.0, 1.0, 2.0], "token_lengths": [1, 1, 2]})]
     [('ab', 1.0), (' c', 2.0)]
     """
-    weights, lengths = row.get("token_weights"), row.get("token_lengths")
-    if not isinstance(weights, list) or not isinstance(lengths, list) or len(weights) != len(lengths) or sum(lengths) != len(row["completion"]):
+    numbers, lengths = _numbers(row, tint), row.get("token_lengths")
+    if numbers is None or not isinstance(lengths, list) or len(numbers) != len(lengths) or sum(lengths) != len(row["completion"]):
         return None
     found, at = [], 0
-    for weight, group in groupby(zip(weights, lengths, strict=True), lambda pair: pair[0]):
+    for number, group in groupby(zip(numbers, lengths, strict=True), lambda pair: pair[0]):
         end = at + sum(length for _, length in group)
         if end > at:
-            found.append((row["completion"][at:end], float(weight if weight is not None else 1.0)))
+            found.append(Span(row["completion"][at:end], number, tint))
         at = end
     return found
 
 
 def folded(whole: str) -> str:
     """Text as it is; what is beyond `FOLD` characters behind a click."""
-    return _folded([(whole, 1.0)])
+    return _folded([Span(whole, 1.0, WEIGHT)])
 
 
-def _folded(spans: Sequence[tuple[str, float]]) -> str:
-    length = sum(len(part) for part, _ in spans)
+def _folded(spans: Sequence[Span]) -> str:
+    length = sum(len(span.part) for span in spans)
     if length <= 1.2 * FOLD:
-        return f'<pre class="text">{"".join(_span(*span) for span in spans)}</pre>'
+        return f'<pre class="text">{"".join(map(_span, spans))}</pre>'
     first, rest = _cut(spans)
     told = f"the other {length - FOLD:,} of {length:,} characters"
-    return (f'<pre class="text">{"".join(_span(*span) for span in first)}</pre><details class="rest"><summary>{told}</summary>'
-            f'<pre class="text">{"".join(_span(*span) for span in rest)}</pre></details>')
+    return (f'<pre class="text">{"".join(map(_span, first))}</pre><details class="rest"><summary>{told}</summary>'
+            f'<pre class="text">{"".join(map(_span, rest))}</pre></details>')
 
 
-def _cut(spans: Sequence[tuple[str, float]]) -> tuple[list[tuple[str, float]], list[tuple[str, float]]]:
-    first: list[tuple[str, float]] = []
-    rest: list[tuple[str, float]] = []
+def _cut(spans: Sequence[Span]) -> tuple[list[Span], list[Span]]:
+    first: list[Span] = []
+    rest: list[Span] = []
     left = FOLD
-    for part, weight in spans:
-        if head := part[:left]:
-            first.append((head, weight))
-        if tail := part[left:]:
-            rest.append((tail, weight))
+    for span in spans:
+        if head := span.part[:left]:
+            first.append(replace(span, part=head))
+        if tail := span.part[left:]:
+            rest.append(replace(span, part=tail))
         left -= len(head)
     return first, rest
 
 
-def _span(part: str, weight: float) -> str:
-    """Blue and underlined: counts more. Red and dotted: counts less. The stronger, the further from 1."""
-    if weight == 1.0:
-        return text(part)
-    strength = min(0.45, 0.12 + 0.25 * abs(weight - 1))
-    kind, colour = ("more", "37,99,235") if weight > 1 else ("less", "220,38,38")
-    return f'<span class="{kind}" style="background:rgba({colour},{strength:.2f})" title="weight {weight:.3g}">{text(part)}</span>'
+def _span(span: Span) -> str:
+    """Weights: blue and underlined counts more, red and dotted less; the stronger, the further from 1. Surprise: the darker, the less likely."""
+    number = span.number
+    if span.tint == SURPRISE:
+        strength = min(0.55, 0.14 * number)
+        told = f"probability {math.exp(-number):.2g}, surprise {number:.2f} nats"
+        return f'<span style="background:rgba(234,140,0,{max(0.0, strength):.2f})" title="{told}">{text(span.part)}</span>'
+    if number == 1.0:
+        return text(span.part)
+    strength = min(0.45, 0.12 + 0.25 * abs(number - 1))
+    kind, colour = ("more", "37,99,235") if number > 1 else ("less", "220,38,38")
+    return f'<span class="{kind}" style="background:rgba({colour},{strength:.2f})" title="weight {number:.3g}">{text(span.part)}</span>'
 
 
-def _legend(rows: Sequence[Mapping[str, Any]]) -> str:
-    weights = [w for row in rows for w in row.get("token_weights") or () if isinstance(w, int | float)]
-    if weights and all("token_lengths" not in row for row in rows):
+def _legend(rows: Sequence[Mapping[str, Any]], tint: str) -> str:
+    if not tint:
+        return ""
+    numbers = [number for row in rows for number in _numbers(row, tint) or ()]
+    if numbers and all("token_lengths" not in row for row in rows):
         return notice("These completions were written by an earlier version, which did not keep where each token ends: token weights are not shown.")
-    reach = f", here from {min(weights):.3g} to {max(weights):.3g}" if weights else ""
-    return f'<p class="legend">Tokens that count {_span("more", 2.0)} or {_span("less", 0.0)} than usual{reach}; point at one to read its weight.</p>'
+    reach = f", here from {min(numbers):.3g} to {max(numbers):.3g}" if numbers else ""
+    if tint == SURPRISE:
+        return (f'<p class="legend">Tokens {_span(Span("likely", 0.05, tint))} to {_span(Span("surprising", 4.0, tint))} when they were sampled: '
+                f"minus the log-probability, in nats{reach}; point at one to read it.</p>")
+    return (f'<p class="legend">Tokens that count {_span(Span("more", 2.0, tint))} or {_span(Span("less", 0.0, tint))} than usual{reach}; '
+            "point at one to read its weight.</p>")
 
 
 def numbered(known: Sequence[int]) -> str:

@@ -11,6 +11,7 @@ import hmac
 import ipaddress
 import os
 import socket
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -106,11 +107,13 @@ def application(
     def right(name: str, given: str) -> bool:
         return name == "localrl" and hmac.compare_digest(given.encode(), (password or "").encode())
 
-    inner = gr.mount_gradio_app(
-        outer, blocks, path="/", auth=right if password else None, theme=theme, css=css,
-        auth_message="The password that `localrl ui` was started with; the user is: localrl", footer_links=[], allowed_paths=allowed_paths,
-        ssr_mode=False, show_error=True, max_file_size="64mb", enable_monitoring=False, mcp_server=False, pwa=False,
-    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "SSR mode")                # it is off, and gradio says so all the same
+        inner = gr.mount_gradio_app(
+            outer, blocks, path="/", auth=right if password else None, theme=theme, css=css,
+            auth_message="The password that `localrl ui` was started with; the user is: localrl", footer_links=[], allowed_paths=allowed_paths,
+            ssr_mode=False, show_error=True, max_file_size="64mb", enable_monitoring=False, mcp_server=False, pwa=False,
+        )  # fmt: skip
     return Guarded(inner, is_loopback if loopback else lambda host: True)
 
 

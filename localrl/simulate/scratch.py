@@ -39,7 +39,8 @@ def _laid_out(rows: int, wide: int, out: int, dtype: torch.dtype) -> int:
 def _product(args: Any, out: Any) -> int:
     """Arguments: input (rows, in) and weight (in, out), after what is added to their product if anything is."""
     one, other = args[-2:]
-    return _laid_out(*one.shape, other.shape[1], one.dtype)
+    rows, wide = one.shape
+    return _laid_out(rows, wide, other.shape[1], one.dtype)
 
 
 def _unpacked(args: Any, out: Any) -> int:

@@ -246,7 +246,21 @@ def test_tokens_are_tinted_by_their_weight() -> None:
 def test_a_real_run_tells_where_its_tokens_end(trained_run: Path) -> None:
     rows = completions.read(trained_run, completions.steps(trained_run)[-1])
     assert rows and all(sum(row["token_lengths"]) == len(row["completion"]) and len(row["token_lengths"]) == len(row["token_weights"]) for row in rows)
-    assert all("".join(part for part, _ in completions.tinted(row) or ()) == row["completion"] for row in rows)
+    for tint in completions.TINTS:
+        assert all("".join(span.part for span in completions.tinted(row, tint) or ()) == row["completion"] for row in rows)
+    surprises = [-logp for row in rows for logp in row["token_logps"]]
+    assert min(surprises) >= 0 and 0 < np.mean(surprises) < 10
+
+
+def test_tokens_are_tinted_by_their_surprise() -> None:
+    """Asked for, or where there are no weights."""
+    one = answer(1, 0, "a <b>", 1.0, token_ids=[1, 2], token_logps=[-0.5, -3.0], token_lengths=[1, 4])
+    for shown in (completions.show([one], Wanted()).html, completions.show([one], Wanted(tint=completions.SURPRISE)).html):
+        assert re.search(r'title="probability 0.61, surprise 0.50 nats">a</span><span [^>]*title="probability 0.05, surprise 3.00 nats"> &lt;b&gt;<', shown)
+        assert "from 0.5 to 3" in shown and "surprising" in shown
+    both = answer(1, 0, "a", 1.0, token_weights=[2.0], token_logps=[-0.5], token_lengths=[1])
+    assert "weight 2" in completions.show([both], Wanted()).html and "0.50 nats" in completions.show([both], Wanted(tint=completions.SURPRISE)).html
+    assert "legend" not in completions.show([answer(1, 0, "words", 1.0)], Wanted()).html
 
 
 # -- what can be done to a run ----------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from localrl.settings import UserError
 
 from .. import completions, runs, watch
 from ..board import board
-from ..completions import ORDERS, TOTAL, Wanted
+from ..completions import ORDERS, TINTS, TOTAL, Wanted
 from ..events import on_load
 from ..html import complaint, notice, text
 from ..look import DO
@@ -178,16 +178,17 @@ def _completions(place: Place, name: gr.State, timer: gr.Timer) -> Callable[[Any
         least = gr.Number(None, label="Reward at least", min_width=110, elem_id="answers-least")
         most = gr.Number(None, label="Reward at most", min_width=110, elem_id="answers-most")
         words = gr.Textbox("", label="With these words", min_width=150, elem_id="answers-words")
+        tint = gr.Dropdown([*TINTS], value=TINTS[0], label="Tint tokens by", min_width=150, elem_id="answers-tint")
         grouped = gr.Checkbox(True, label="Group by prompt", min_width=150, elem_id="answers-grouped")
     about = gr.HTML(elem_id="answers-about")
     shown = gr.HTML(css_template=ANSWERS, apply_default_css=False, elem_id="answers")
     with gr.Row():
         page = gr.Number(1, label="Page", precision=0, minimum=1, min_width=110, scale=0, elem_id="answers-page")
-    filters = [reward, order, least, most, words, grouped]
+    filters = [reward, order, least, most, words, tint, grouped]
     outputs = [step, reward, page, about, shown]
 
     def look(run: str, at: float | None, by: str, *rest: Any) -> list[Any]:
-        order_, least_, most_, words_, grouped_, page_ = rest
+        order_, least_, most_, words_, tint_, grouped_, page_ = rest
         folder = place.inside(run) if run else place.root
         known = completions.steps(folder) if run else []
         chosen = completions.nearest(known, at)
@@ -196,7 +197,7 @@ def _completions(place: Place, name: gr.State, timer: gr.Timer) -> Callable[[Any
         rows = completions.read(folder, chosen)
         names = [TOTAL, *completions.reward_names(rows)]
         by = by if by in names else TOTAL
-        found = completions.show(rows, Wanted(by, least_, most_, order_, bool(grouped_), words_ or "", int(page_ or 1)))
+        found = completions.show(rows, Wanted(by, least_, most_, order_, bool(grouped_), words_ or "", int(page_ or 1), tint_))
         pages = f"{found.pages} page{'s' * (found.pages > 1)}"
         told = f"{completions.numbered(known)} are there. Step {chosen:,}: {found.count} of {len(rows)} answers fit, {pages}."
         return [chosen, gr.Dropdown(choices=names, value=by), min(max(1, int(page_ or 1)), found.pages), f'<p class="quiet">{text(told)}</p>', found.html]
