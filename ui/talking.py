@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 import math
@@ -199,6 +200,18 @@ class Talk:
                 messages.append({"role": "user", "content": self.turns[at].question})
             messages.append({"role": "assistant", "content": self.turns[at].said[column].text})
         return [*messages, {"role": "user", "content": self.turns[turn].question}]
+
+
+def found_again(talk: Talk | None, run: str) -> Talk:
+    """The conversation for a page that is opened: one of its own, so that two tabs do not write into each other's. What is being written elsewhere is
+    taken as far as it is."""
+    if talk is None:
+        return Talk(run=run)
+    mine = copy.deepcopy(talk)
+    mine.busy = mine.stopped = False
+    for said in (said for turn in mine.turns for said in turn.said):
+        said.ended = True
+    return mine
 
 
 def ask(talk: Talk, known: Sequence[Model], servers: Servers, system: str, settings: Mapping[str, Any], seed: int) -> Iterator[None]:

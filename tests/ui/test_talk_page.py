@@ -61,11 +61,44 @@ def test_export_ask_vote(served: Served, page: Any, trained_run: Path) -> None:
     blind_vote(page)
     kept = (served.root / ".localrl" / "votes" / "runs%2Ftiny.jsonl").read_text().splitlines()
     assert len(kept) == 1 and json.loads(kept[0])["best"] == 1
+    comes_back(page)
+    goes_on(page)
+
+
+def comes_back(page: Any) -> None:
+    """A reload shows the conversation again, and who was whom."""
+    before = page.locator("#chat-picture").inner_text()
+    page.reload()
+    page.locator("#chat-picture h2", has_text="base").wait_for()
+    assert page.locator("#chat-picture").inner_text() == before
+    assert page.locator("#chat-blind input").is_checked()
+
+
+def goes_on(page: Any) -> None:
+    """With names: a held-out prompt, the same again with another seed, then a question to what was said."""
+    page.locator("#chat-blind input").uncheck()
+    page.locator("#chat-prompt input").click()
+    page.get_by_role("option", name="2. ").first.click()
+    page.locator("#chat-ask").click()
+    answered(page, 2)
+    first = page.locator("#chat-picture .answer").all_inner_texts()
+    assert all("tokens" in text for text in first) and page.locator("#chat-picture .question").count() == 2
+    page.locator("#chat-again").click()
+    page.wait_for_function("was => [...document.querySelectorAll('#chat-picture .answer')].some((a, i) => a.innerText != was[i])", arg=first)
+    answered(page, 2)
+    page.locator("#chat-prompt input").click()
+    page.get_by_role("option", name="A question of your own").first.click()
+    ask(page, "And then?")
+    page.locator("#chat-picture .question", has_text="And then?").nth(1).wait_for(timeout=SLOW)
+    answered(page, 4)
+    page.locator("#chat-new").click()
+    page.locator("#chat-picture", has_text="Choose models and ask something").wait_for()
 
 
 def test_what_is_wrong_is_said(served: Served, page: Any) -> None:
     page.goto(served.url + "/chat?run=../outside")
     page.locator("#chat-said .complaint", has_text="outside").wait_for()
+    page.wait_for_load_state("networkidle")                          # a stream that is cut off is an error of the page
     page.goto(served.url + "/chat")
     page.locator("#chat-ask").click()
     page.locator("#chat-said .complaint", has_text="no model is chosen").wait_for()

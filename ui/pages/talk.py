@@ -45,6 +45,8 @@ pre.text { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; font-famil
 """
 SERVERS = Servers()
 """Of this process: all tabs share them."""
+TALKS: dict[str, Talk] = {}
+"""Each run's last conversation: a page that is reloaded goes on with it."""
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,7 @@ def _wire(place: Place, parts: Parts) -> None:
         if talk is not None:
             talk.stopped = True
         new = Talk(run=talk.run if talk else "")
+        TALKS.pop(new.run, None)
         return [new, "", talking.picture(new), gr.Column(visible=False), None, ""]
 
     parts.stop.click(stopped, parts.talk, None, queue=False, **QUIET)
@@ -182,7 +185,7 @@ def _answers(place: Place, judge: Callable[[str], Judge], parts: Parts, talk: Ta
     except UserError as error:
         yield [talk, html.complaint(error), gr.skip(), gr.skip(), gr.skip(), gr.skip()]
         return
-    talk.busy, talk.stopped, talk.note = True, False, ""
+    talk.busy, talk.stopped, talk.note, TALKS[talk.run] = True, False, "", talk
     try:
         for _ in talking.ask(talk, talking.models(place, _folder(place, talk.run)), SERVERS, system, settings, seed):
             yield [talk, "", talking.picture(talk), gr.Column(visible=False), gr.skip(), gr.skip()]
@@ -194,11 +197,16 @@ def _answers(place: Place, judge: Callable[[str], Judge], parts: Parts, talk: Ta
             except UserError as error:
                 talk.note = f"not scored: {error}"
     finally:
-        talk.busy, talk.stopped = False, talk.stopped
+        talk.busy = False
+    yield [talk, html.notice("stopped") if talk.stopped else "", talking.picture(talk), *_ballot(talk), ""]
+
+
+def _ballot(talk: Talk) -> tuple[gr.Column, Any]:
+    """What a vote is cast with, where there is one to cast."""
     votable = talk.blind and not talk.shown and len(talk.models) > 1 and len(talk.turns) == 1
-    letters = [*talking.LETTERS[: len(talk.models)]]
+    letters = talking.LETTERS[: len(talk.models)]
     choices = gr.Radio([*[(f"Model {letter}", letter) for letter in letters], ("Tie", "tie")], value=None) if votable else gr.skip()
-    yield [talk, html.notice("stopped") if talk.stopped else "", talking.picture(talk), gr.Column(visible=votable), choices, ""]
+    return gr.Column(visible=votable), choices
 
 
 def _begin(judge: Callable[[str], Judge], parts: Parts, talk: Talk, values: tuple[Any, ...], again: bool) -> tuple[str, dict[str, Any], int]:
@@ -261,8 +269,10 @@ def _wire_opening(place: Place, parts: Parts, judge: Callable[[str], Judge]) -> 
         first = ready if len(ready) <= 2 else [ready[0], [m.label for m in known if m.files and "/" not in m.label][-1] if run else ready[1]]
         shown = [(model.label if model.files else f"{model.label} (not exported yet)", model.label) for model in known]
         fields = [_filled(settings[name]) if name in settings else gr.skip() for name in parts.sampling]
-        return [gr.Dropdown([("No run", ""), *runs], value=run), complaint, gr.Dropdown(shown, value=[*dict.fromkeys(first)]), system, talking.told(place, run),
-                _file_of_votes(place, run), Talk(run=run), *fields]  # fmt: skip
+        talk = talking.found_again(TALKS.get(run), run)
+        named = talk.models if {*talk.models} <= {model.label for model in known} else []
+        return [gr.Dropdown([("No run", ""), *runs], value=run), complaint, gr.Dropdown(shown, value=sorted(named) or [*dict.fromkeys(first)]),
+                system, talking.told(place, run), _file_of_votes(place, run), talk, talk.blind, talking.picture(talk), *_ballot(talk), *fields]  # fmt: skip
 
     def prompts(run: str) -> Any:
         if not run:
@@ -274,7 +284,8 @@ def _wire_opening(place: Place, parts: Parts, judge: Callable[[str], Judge]) -> 
         listed = [(f"{at + 1}. {talking.said_last(prompt.content)[:100]}", str(at)) for at, prompt in enumerate(found)]
         return gr.Dropdown([(OWN_QUESTION, OWN_QUESTION), *listed], value=OWN_QUESTION), gr.skip()
 
-    shown = [parts.run, parts.said, parts.models, parts.system, parts.tally, parts.download, parts.talk, *parts.sampling.values()]
+    shown = [parts.run, parts.said, parts.models, parts.system, parts.tally, parts.download, parts.talk, parts.blind, parts.picture, parts.ballot,
+             parts.choice, *parts.sampling.values()]  # fmt: skip
     on_load(opened, None, shown, **QUIET).then(prompts, parts.run, [parts.prompt, parts.said], **QUIET)
     parts.run.input(None, parts.run, None, js=GO, **QUIET)
 
