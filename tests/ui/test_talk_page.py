@@ -95,10 +95,12 @@ def goes_on(page: Any) -> None:
     page.locator("#chat-picture", has_text="Choose models and ask something").wait_for()
 
 
-def test_what_is_wrong_is_said(served: Served, page: Any) -> None:
+def test_a_run_outside_is_refused(served: Served, page: Any) -> None:
     page.goto(served.url + "/chat?run=../outside")
     page.locator("#chat-said .complaint", has_text="outside").wait_for()
-    page.wait_for_load_state("networkidle")                          # a stream that is cut off is an error of the page
+
+
+def test_no_model_is_chosen(served: Served, page: Any) -> None:
     page.goto(served.url + "/chat")
     page.locator("#chat-ask").click()
     page.locator("#chat-said .complaint", has_text="no model is chosen").wait_for()
