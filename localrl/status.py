@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import time
 from collections.abc import Iterator
@@ -89,15 +88,26 @@ def run_folders(root: Path, depth: int = 3) -> Iterator[Path]:
 
 def interrupt(folder: Path) -> None:
     """Ctrl-C from outside: it stops with a checkpoint. UserError if nobody is there to hear it."""
+    _process(folder, "stop").send_signal(signal.SIGINT)
+
+
+def end(folder: Path) -> None:
+    """For one that hears nothing any more: its process is killed, checkpoints stay. UserError if there is none."""
+    _process(folder, "end").kill()
+
+
+def _process(folder: Path, what: str) -> psutil.Process:
+    """The run's, if it is certain that it is: a number may be somebody else's by now."""
     status = look(folder)
     if not status.alive:
-        raise UserError(f"{folder.name} is not running: there is nothing to stop")
+        raise UserError(f"{folder.name} is not running: there is nothing to {what}")
     try:
-        if status.pid is None or status.beat is None or psutil.Process(status.pid).create_time() > status.beat:   # the number is somebody else's by now
-            raise psutil.NoSuchProcess(status.pid or 0)
-        os.kill(status.pid, signal.SIGINT)
-    except (psutil.NoSuchProcess, ProcessLookupError):
-        raise UserError(f"{folder.name} is still loading: stop it in a moment") from None
+        process = psutil.Process(status.pid) if status.pid is not None else None
+        if process is not None and status.beat is not None and process.create_time() <= status.beat:
+            return process
+    except psutil.NoSuchProcess:
+        pass
+    raise UserError(f"{folder.name} is still loading: {what} it in a moment")
 
 
 def _said(folder: Path) -> dict[str, Any]:

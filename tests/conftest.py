@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ CHATML = (
 )
 
 os.environ["LOCALRL_CACHE"] = tempfile.mkdtemp(prefix="localrl-cache-")    # what runs here teach is nobody's business; processes they start inherit it
+signal.signal(signal.SIGINT, signal.default_int_handler)               # a shell's background jobs inherit that it is ignored
 hypothesis.settings.register_profile("busy", deadline=None)           # a loaded machine is no reason to fail
 hypothesis.settings.load_profile("busy")
 

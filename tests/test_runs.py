@@ -60,7 +60,7 @@ def test_whatever_is_broken_is_a_row_with_a_sentence(tmp_path: Path) -> None:
     assert found["good"].wrong == "" and found["lines"].wrong == "" and found["lines"].rewards == (0.0, 1.0, 2.0)
     assert "of_tomorrow" in found["future"].wrong and found["future"].stands == "finished" and found["future"].algorithm
     assert "damaged" in found["toml"].wrong and "cannot be read" in found["mad"].wrong
-    assert found["state"].wrong == "" and found["state"].stands == "finished"           # odd values in a state that is one
+    assert found["state"].wrong == "" and found["state"].stands == "crashed"            # odd values in a state that is one
     assert "run.toml is gone" in found["half"].wrong and found["half"].status is None
 
 

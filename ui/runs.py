@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 from localrl.runs import Summary, duration, leftovers, summaries
 from localrl.settings import UserError
-from localrl.status import interrupt, look
+from localrl.status import end, interrupt, look
 
 from .html import text
 from .jobs import Job, jobs, start
@@ -19,7 +19,7 @@ from .place import Place
 TRAIN = "train"
 WORDS = {
     "running": ("running", "good", "It trains."),
-    "silent": ("silent", "bad", "Its process lives, and has said nothing for minutes: a long phase, or it hangs."),
+    "silent": ("silent", "bad", "Its process lives, and has said nothing for minutes: a long phase, or it hangs. Stop asks it, End kills it."),
     "finished": ("finished", "done", "It did all its steps."),
     "stopped": ("stopped", "quiet", "It was stopped and can be resumed."),
     "failed": ("failed", "bad", "It ended with an error."),
@@ -134,6 +134,16 @@ def stop(place: Place, name: str) -> str:
         job.interrupt()
         return f"{name} was asked to stop before its first step"
     raise UserError(f"{name} is not running: there is nothing to stop")
+
+
+def kill(place: Place, name: str) -> str:
+    """End the process of a run that no longer answers. Returns what to tell; UserError if there is none, or if it does answer."""
+    status = look(place.inside(name))
+    if status.stands == "running":
+        raise UserError(f"{name} runs and answers: stop it, so that it saves where it is")
+    end(place.inside(name))
+    kept = f"resume goes on from step {status.saved}" if status.saved is not None else "nothing was saved to go on from"
+    return f"{name} was ended; {kept}"
 
 
 def resume(place: Place, name: str, steps: float | None = None) -> Job:
@@ -267,6 +277,8 @@ def _acts(row: Row) -> str:
     parts = []
     if row.alive:
         parts.append(button("stop", "Stop"))
+    if row.stands == "silent":
+        parts.append(button("end", "End", "danger"))
     if row.resumable:
         parts.append(button("resume", "Resume"))
     if row.summary is not None and row.summary.status is not None:

@@ -98,7 +98,7 @@ def _fate(seen: View) -> str:
     if row.stands == "silent":
         quiet = duration(time.time() - (status.beat or time.time()))
         return wrong + complaint(f"pid {status.pid} lives and has said nothing for {quiet} (at most 2 min are normal): a long phase, or it hangs; "
-                                 "stop it if this goes on")
+                                 "stop it if this goes on, and if it does not hear, end it on the page of all runs")
     if not row.alive and row.message and row.message != (seen.summary.wrong if seen.summary else ""):
         return wrong + complaint(row.message)
     return wrong

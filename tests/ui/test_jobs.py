@@ -16,7 +16,8 @@ import pytest
 from filelock import FileLock
 
 from localrl.settings import UserError
-from localrl.status import interrupt, look, run_folders
+from localrl.status import end, interrupt, look, run_folders
+from ui import runs
 from ui.jobs import Job, jobs, start
 from ui.place import Place
 
@@ -101,6 +102,32 @@ def test_how_runs_stand(tmp_path: Path) -> None:
     beat(tmp_path / "elsewhere" / "b", "finished", 1)
     beat(tmp_path / ".hidden" / "c", "finished", 1)
     assert [p.name for p in run_folders(tmp_path)] == ["b", "a"]
+
+
+def test_one_that_hears_nothing_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place, folder = Place.at(tmp_path), tmp_path / "runs" / "a"
+    hold = "import signal, time; from filelock import FileLock; signal.signal(signal.SIGINT, signal.SIG_IGN); " \
+           f"lock = FileLock({str(folder / 'lock')!r}); lock.acquire(); print('held', flush=True); time.sleep(600)"
+    beat(folder, "running", 1)
+    process = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.stdout.close()
+    beat(folder, "running", process.pid, ago=1000)                   # before there was this process: the number is not the run's
+    with pytest.raises(UserError, match="still loading: end it in a moment"):
+        end(folder)
+    beat(folder, "running", process.pid)
+    with pytest.raises(UserError, match="runs and answers: stop it"):
+        runs.kill(place, "runs/a")
+    assert 'data-act="end"' not in runs.listed(runs.rows(place))
+    monkeypatch.setattr("localrl.status.SILENT", 0.1)
+    time.sleep(0.2)
+    assert 'data-act="end"' in runs.listed(runs.rows(place))
+    runs.stop(place, "runs/a")
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.5)
+    assert runs.kill(place, "runs/a") == "runs/a was ended; nothing was saved to go on from"
+    assert process.wait(20) == -signal.SIGKILL and look(folder).stands == "crashed"
 
 
 def test_looking_does_not_keep_a_run_from_starting(tmp_path: Path) -> None:

@@ -82,6 +82,8 @@ def build(place: Place) -> None:
         try:
             if what == "stop":
                 return _told(notice(runs.stop(place, name)))
+            if what == "end":
+                return _told(notice(runs.kill(place, name)))
             if what == "dismiss":
                 runs.dismiss(place, name)
                 return _told("")
