@@ -10,13 +10,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
-from tests.ui.conftest import CHROMIUM, QUIET, open_page, serve
+from tests.ui.conftest import CHROMIUM, QUIET, open_page, serving
 from ui.app import PAGES
 
 OUT = Path(__file__).parent.parent / "docs" / "ui"
@@ -98,18 +99,10 @@ def main() -> None:
         root = asked.workspace or Path(made)
         if not (root / "runs" / "sums").is_dir():
             workspace(root)
-        served = serve(root)
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=list(QUIET))
-        try:
-            for page in PAGES:
+        with serving(root) as served, driver.chromium.launch(executable_path=CHROMIUM, args=list(QUIET)) as browser:
+            for page, width, dark in product(PAGES, WIDTHS, (False, True)):
                 if not asked.pages or page.PATH in asked.pages:
-                    for width in WIDTHS:
-                        for dark in (False, True):
-                            shoot(browser, served.url, page, width, dark)
-        finally:
-            browser.close()
-            served.process.terminate()
-            served.process.wait(20)
+                    shoot(browser, served.url, page, width, dark)
 
 
 if __name__ == "__main__":

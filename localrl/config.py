@@ -90,9 +90,8 @@ class Run(Settings):
         if window and self.replay.capacity:
             raise ValueError(f"rollout.window={window} and replay.capacity={self.replay.capacity}: a response that grows cannot be kept for replay, "
                              "leave one of them out")
-        labels = [spec.label for spec in self.rewards.functions]
-        if lost := [condition.reward for condition in self.replay.filters if condition.reward not in labels]:
-            raise ValueError(f"replay.filters: there is no reward '{lost[0]}': {nearest(lost[0], labels)}")
+        if lost := [condition.reward for condition in self.replay.filters if condition.reward not in self.rewards.names]:
+            raise ValueError(f"replay.filters: there is no reward '{lost[0]}': {nearest(lost[0], self.rewards.names)}")
         if self.search.processes and not self.replay.capacity:
             raise ValueError(f"search.processes={self.search.processes} needs somewhere to keep what the searchers find: set replay.capacity")
         if self.rollout.dynamic_sampling:

@@ -65,7 +65,7 @@ def plan_on(run: Run, config: Any, card: Card, dtype: torch.dtype, say: Callable
         searchers=run.search.processes,
         llama=None if rollout.engine == "torch" else "q4_k_m" if rollout.gguf == "auto" else rollout.gguf,
         columns=max(1, len(algorithm.reads_before)),
-        gradients=len(algorithm.directions([spec.weight for spec in run.rewards.functions])),
+        gradients=len(algorithm.directions(run.rewards.weights)),
     )  # fmt: skip
     asked = {
         "concurrent": rollout.concurrent,

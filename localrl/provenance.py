@@ -31,7 +31,7 @@ def model_facts(run: Run) -> dict[str, Fact]:
     _, organization, basename, *_ = Metadata.get_model_id_components(name)
     card = model_card(model_path(run.model), run.model.revision)
     licence = re.search(r"^license:\s*[\"']?([\w.+-]+)", card, re.MULTILINE)
-    labels = ", ".join(spec.label for spec in run.rewards.functions) or "those of a log"
+    labels = ", ".join(run.rewards.names) or "those of a log"
     found: dict[str, Fact] = {
         "general.name": run.name,
         "general.basename": basename or Path(name).name,

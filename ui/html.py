@@ -26,7 +26,7 @@ def notice(sentence: object) -> str:
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[object]], numbers: Iterable[int] = (), caption: str = "") -> str:
-    """Cells are escaped, unless they are `Markup`. `numbers`: columns that stand to the right."""
+    """Cells are escaped, unless they are `Markup`. `numbers`: columns that stand to the right. The caption does not scroll with a wide table."""
     right = set(numbers)
 
     def cell(tag: str, at: int, value: object) -> str:
@@ -35,8 +35,8 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[object]], numbers: Itera
 
     head = "".join(cell("th", at, name) for at, name in enumerate(heads))
     body = "".join("<tr>" + "".join(cell("td", at, value) for at, value in enumerate(row)) + "</tr>" for row in rows)
-    told = f"<caption>{text(caption)}</caption>" if caption else ""
-    return f'<div class="wide" tabindex="0"><table class="plain">{told}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    told, label = (f'<p class="caption quiet">{text(caption)}</p>', f' aria-label="{text(caption)}"') if caption else ("", "")
+    return f'{told}<div class="wide" tabindex="0"><table class="plain"{label}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 class Markup:

@@ -27,11 +27,14 @@ CSS = """
 .notice { border-left: 4px solid #2563eb; padding: .4rem .8rem; background: var(--background-fill-secondary); border-radius: 4px; }
 .wide { overflow-x: auto; }
 .low { align-items: flex-end; }
-table.plain { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+.html-container { padding: 0 !important; }
+.caption { font-size: .85rem; margin: .4rem 0; }
+.wide table.plain { border: none; border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 table.plain th, table.plain td { padding: .35rem .6rem; text-align: left; border-bottom: 1px solid var(--border-color-primary); vertical-align: top; }
 table.plain td.number, table.plain th.number { text-align: right; white-space: nowrap; }
 pre.text { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; font-family: var(--font-mono); font-size: .85rem; }
-@media (max-width: 600px) { .gradio-container { padding: .5rem !important; } .wide { max-width: calc(100vw - 5.5rem); } }
+@media (max-width: 1000px) { .wide { max-width: calc(100vw - 5rem); } }
+@media (max-width: 600px) { .gradio-container { padding: .5rem !important; } .wide { max-width: calc(100vw - 4rem); } }
 """
 
 DO = """

@@ -157,5 +157,5 @@ def numbers(seen: View, followed: Tail) -> tuple[list[dict[str, Any]], str, str]
 def reward_names(run: Run | None, followed: Tail) -> list[str]:
     """In the settings' order, else in that of the metrics."""
     there = [name.split("/")[1] for name in followed.curves.names if name.startswith("rewards/") and name.endswith("/mean")]
-    labels: Sequence[str] = [spec.label for spec in run.rewards.functions] if run is not None else ()
+    labels: Sequence[str] = run.rewards.names if run is not None else ()
     return [*(label for label in labels if label in there), *(name for name in there if name not in labels)]

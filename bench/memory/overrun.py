@@ -106,7 +106,7 @@ def try_it(case: Case, folder: Path, source: random.Random) -> Outcome | None:
 def within(case: Case, run: Run, plan: MemoryPlan) -> tuple[Scarce, str]:
     """One step under the budget. Loading is not refused: a file's pages are no allocations."""
     algorithm, choice = calibrated(run.algorithm.for_sampler(exact=run.own_samples)), plan.choice
-    weights = [spec.weight for spec in run.rewards.functions]
+    weights = run.rewards.weights
     policy = Policy.create(
         run, critic="value" in algorithm.reads_before | algorithm.reads_during, checkpointing=choice.gradient_checkpointing, head_chunk=choice.head_chunk,
         directions=algorithm.directions(weights), kept_as=choice.directions, mlp_tile=choice.mlp_tile, offload=choice.offload,

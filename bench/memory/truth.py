@@ -157,7 +157,7 @@ def measure(case: Case, plan: MemoryPlan, folder: Path, traces: dict[str, Trace]
         peaks[phase], seen[phase] = max(peaks.get(phase, 0), before + trace.peak), trace
 
     reads = algorithm.reads_before | algorithm.reads_during
-    weights = [spec.weight for spec in run.rewards.functions]
+    weights = run.rewards.weights
     with traced((folder / "model.safetensors").stat().st_size) as trace:
         policy = Policy.create(
             run, critic="value" in reads, checkpointing=choice.gradient_checkpointing, head_chunk=choice.head_chunk, directions=algorithm.directions(weights),

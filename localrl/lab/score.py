@@ -39,7 +39,7 @@ def score(rollouts: Sequence[Rollout], columns: Iterable[str], settings: RewardS
     """Every reward on every completion. UserError only if there is no reward at all."""
     if not settings.functions:
         raise UserError("there are no rewards yet: add a built-in one, or write your own")
-    labels = [spec.label for spec in settings.functions]
+    labels = settings.names
     usable, troubles = _usable(settings, set(columns), base, log)
     nothing = [[math.nan] * len(labels) for _ in rollouts]
     if not usable:
@@ -97,7 +97,7 @@ def score_probes(
 ) -> dict[str, tuple[Rollout, ...]]:
     """Kind of probe -> its rollouts, scored by the rewards that did not fail on real completions."""
     made = probes(samples, tokenizer)
-    labels = [spec.label for spec in settings.functions]
+    labels = settings.names
     kept, _ = _without(settings.functions, dict.fromkeys(scored.failed, ""))
     if not kept or not made:
         return {}

@@ -36,12 +36,12 @@ class Trial:
     @property
     def names(self) -> tuple[str, ...]:
         """The rewards', in order."""
-        return tuple(spec.label for spec in self.settings.functions)
+        return self.settings.names
 
     @property
     def weights(self) -> tuple[float, ...]:
         """As they were when it was run."""
-        return tuple(spec.weight for spec in self.settings.functions)
+        return self.settings.weights
 
     def write(self, path: Path) -> None:
         """Whole or not at all."""

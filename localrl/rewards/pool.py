@@ -94,12 +94,12 @@ class Rewards:
     @property
     def names(self) -> tuple[str, ...]:
         """The rewards' names in the metrics, in the order of `Rollout.rewards`."""
-        return tuple(spec.label for spec in self.settings.functions)
+        return self.settings.names
 
     @property
     def weights(self) -> tuple[float, ...]:
         """The rewards' weights, in the same order."""
-        return tuple(spec.weight for spec in self.settings.functions)
+        return self.settings.weights
 
     def check_columns(self, columns: Iterable[str]) -> None:
         """Raises UserError if a reward needs a column that the data lack, or a column has a name that rewards keep for themselves."""

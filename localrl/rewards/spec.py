@@ -64,6 +64,16 @@ class RewardSettings(Settings):
     workers: int = Field(default=4, ge=1, le=64)
     """At most this many worker processes; rewards in different processes run at the same time."""
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The rewards' names in the metrics, in the order of `Rollout.rewards`."""
+        return tuple(spec.label for spec in self.functions)
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """In the same order."""
+        return tuple(spec.weight for spec in self.functions)
+
     @field_validator("functions")
     @classmethod
     def _names_differ(cls, functions: tuple[RewardSpec, ...]) -> tuple[RewardSpec, ...]:

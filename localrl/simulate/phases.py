@@ -98,7 +98,7 @@ class Rehearsal:
             self.tried = self.counter.peak_of(lambda: Head.of(model).trial(model))
             """Bytes while the output layer is compared with the model's own."""
             with real_tables():
-                directions = self.algorithm.directions([spec.weight for spec in run.rewards.functions])
+                directions = self.algorithm.directions(run.rewards.weights)
                 self.policy = Policy(
                     model, None, run, checkpointing=checkpointing, head_chunk=256, offload=offload, directions=directions, kept_as="lagged"
                 )  # fmt: skip

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,21 @@ class Served:
     process: subprocess.Popen[str]
 
 
-def serve(root: Path, *options: str, env: dict[str, str] | None = None) -> Served:
-    """`localrl ui ROOT` until it says where it listens."""
+@contextmanager
+def serving(root: Path, *options: str, env: dict[str, str] | None = None) -> Iterator[Served]:
+    """`localrl ui ROOT`, while it is open."""
+    it = _serve(root, *options, env=env)
+    assert it.process.stdout is not None
+    try:
+        yield it
+    finally:
+        it.process.terminate()
+        it.process.wait(20)
+        it.process.stdout.close()
+
+
+def _serve(root: Path, *options: str, env: dict[str, str] | None = None) -> Served:
+    """Until it says where it listens."""
     process = subprocess.Popen(
         [sys.executable, "-m", "localrl", "ui", str(root), "--no-browser", *options], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         env={**os.environ, "COLUMNS": "400", **(env or {})},
@@ -49,12 +63,17 @@ def serve(root: Path, *options: str, env: dict[str, str] | None = None) -> Serve
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """The pages on a new workspace, one for each test file."""
-    it = serve(tmp_path_factory.mktemp("workspace"))
-    yield it
-    it.process.terminate()
-    it.process.wait(20)
-    assert it.process.stdout is not None
-    it.process.stdout.close()
+    with serving(tmp_path_factory.mktemp("workspace")) as it:
+        yield it
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory: pytest.TempPathFactory, trained_run: Path) -> Iterator[Served]:
+    """The pages on a workspace with a run, one for each test file."""
+    root = tmp_path_factory.mktemp("shown")
+    shutil.copytree(trained_run, root / "runs" / "tiny")
+    with serving(root) as it:
+        yield it
 
 
 @pytest.fixture(scope="session")

@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.ui.conftest import Served, open_page, serve
+from tests.ui.conftest import Served, open_page
 from ui.app import PAGES
 
 AXE = (files("axe_playwright_python") / "axe.min.js").read_text("utf-8")
 BAD = ("serious", "critical")
 SCREENS = {"wide, light": (1440, False), "narrow, dark": (390, True)}
-
-
-@pytest.fixture(scope="module")
-def shown(tmp_path_factory: pytest.TempPathFactory, trained_run: Path) -> Iterator[Served]:
-    """A workspace with a run."""
-    root = tmp_path_factory.mktemp("shown")
-    shutil.copytree(trained_run, root / "runs" / "tiny")
-    it = serve(root)
-    yield it
-    it.process.terminate()
-    it.process.wait(20)
-    assert it.process.stdout is not None
-    it.process.stdout.close()
 
 
 @pytest.mark.parametrize("screen", SCREENS)

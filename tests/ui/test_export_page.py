@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -13,23 +12,11 @@ from urllib.parse import urlsplit
 import pytest
 
 from localrl.settings import UserError
-from tests.ui.conftest import PATIENCE, Served, serve
+from tests.ui.conftest import PATIENCE, Served
 from ui import exporting
 from ui.place import Place
 
 pytest.importorskip("llama_cpp")
-
-
-@pytest.fixture(scope="module")
-def shown(tmp_path_factory: pytest.TempPathFactory, trained_run: Path) -> Iterator[Served]:
-    root = tmp_path_factory.mktemp("exports")
-    shutil.copytree(trained_run, root / "runs" / "tiny")
-    it = serve(root)
-    yield it
-    it.process.terminate()
-    it.process.wait(20)
-    assert it.process.stdout is not None
-    it.process.stdout.close()
 
 
 def get(served: Served, path: str) -> tuple[int, bytes]:

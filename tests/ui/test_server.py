@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from localrl.settings import UserError
-from tests.ui.conftest import Served, serve
+from tests.ui.conftest import Served, serving
 from ui.app import PAGES
 from ui.place import Place
 
@@ -59,16 +59,11 @@ def test_files_of_the_machine_are_not_served(served: Served) -> None:
 def test_the_network_wants_a_password(tmp_path: Path) -> None:
     told = subprocess.run([sys.executable, "-m", "localrl", "ui", str(tmp_path), "--share-on-lan"], capture_output=True, text=True, check=False, timeout=120)
     assert told.returncode == 2 and "run reward code as you" in told.stderr.replace("\n", " ") and "--password" in told.stderr
-    it = serve(tmp_path, "--share-on-lan", env={"LOCALRL_PASSWORD": "correct horse"})
-    try:
+    with serving(tmp_path, "--share-on-lan", env={"LOCALRL_PASSWORD": "correct horse"}) as it:
         assert it.process.stdout is not None
         assert "whoever has the password" in it.process.stdout.readline()
         assert b"Runs" not in ask(it, "/config")[2] and ask(it, "/config")[0] == 401
         assert ask(it, Host="desk.local")[0] == 200               # the login form
-    finally:
-        it.process.terminate()
-        it.process.wait(20)
-        it.process.stdout.close()
 
 
 def test_a_port_that_is_taken_and_a_folder_that_is_none(served: Served, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ h2 { font-size: 1.15rem; font-weight: 600; margin: 0; overflow-wrap: anywhere; }
 .told { color: var(--body-text-color-subdued); font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
 .links { display: flex; flex-wrap: wrap; gap: 6px; margin-top: .5rem; }
 .complaint, .notice { margin: .4rem 0; overflow-wrap: anywhere; }
-ul { margin: .3rem 0 .3rem 1.2rem; list-style: disc; } summary { cursor: pointer; } caption { text-align: left; font-size: .85rem; padding: .4rem 0; }
+ul { margin: .3rem 0 .3rem 1.2rem; list-style: disc; } summary { cursor: pointer; }
 """
 ANSWERS = """
 h3 { font-size: .95rem; font-weight: 600; margin: 0 0 .3rem; } h3 .quiet { font-weight: 400; }
