@@ -96,10 +96,12 @@ def main() -> None:
         sys.exit("no Chromium on this machine: apt install chromium")
     OUT.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as made, sync_playwright() as driver:
-        root = asked.workspace or Path(made)
+        root = asked.workspace or Path(made) / "sums"
+        root.mkdir(exist_ok=True)
         if not (root / "runs" / "sums").is_dir():
             workspace(root)
-        with serving(root) as served, driver.chromium.launch(executable_path=CHROMIUM, args=list(QUIET)) as browser:
+        home = {"HOME": str(root.parent), "HF_HOME": ""}             # pictures show no machine's paths
+        with serving(root, env=home) as served, driver.chromium.launch(executable_path=CHROMIUM, args=list(QUIET)) as browser:
             for page, width, dark in product(PAGES, WIDTHS, (False, True)):
                 if not asked.pages or page.PATH in asked.pages:
                     shoot(browser, served.url, page, width, dark)

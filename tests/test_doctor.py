@@ -212,6 +212,8 @@ def test_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path / "not" / "there"))
     runs, models = doctor._disk(tmp_path / "runs")[:2]
     assert "free at" in runs.value and str(tmp_path) in models.value
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert doctor._disk(tmp_path / "runs")[0].value.endswith("free at ~/runs")
     monkeypatch.setattr(doctor, "SMALL_DISK", 2**60)
     assert {f.verdict for f in doctor._disk(tmp_path)} == {"warn"}
 
