@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,8 @@ WORDS = {
     "not started": ("not started", "bad", "It ended before its first step and left nothing behind."),
 }
 """(word, class, what it means) of each way a run can stand."""
+ENDING = 20.0
+"""Seconds that a command may take from its last word to its end."""
 SPARK = 120, 30
 """Width and height of a curve in miniature, pixels."""
 
@@ -148,10 +151,10 @@ def kill(place: Place, name: str) -> str:
 
 def resume(place: Place, name: str, steps: float | None = None) -> Job:
     """Go on with a run, to so many steps in all. UserError if it cannot be."""
-    folder, job = place.inside(name), job_of(place, name)
-    status = look(folder)
-    if status.alive or (job is not None and job.state == "running"):
+    folder = place.inside(name)
+    if _at_work(place, name):
         raise UserError(f"{name} is running already: open it to watch")
+    status = look(folder)
     if status.saved is None:
         raise UserError(f"{name} holds no checkpoint to go on from: clone it and start afresh")
     if steps is not None and (steps != int(steps) or steps < 1):
@@ -165,12 +168,12 @@ def resume(place: Place, name: str, steps: float | None = None) -> Job:
 
 def delete(place: Place, name: str) -> str:
     """A run's folder, with everything in it. UserError for one that runs, and for a folder that is no run's."""
-    folder, job = place.inside(name), job_of(place, name)
+    folder = place.inside(name)
     if folder == place.root or not ((folder / "run.toml").is_file() or folder in leftovers(folder)):
         raise UserError(f"{name} is no run folder: nothing was deleted")
     if place.root.joinpath(name).is_symlink():
         raise UserError(f"{name} is a link to a folder elsewhere: delete it by hand")
-    if (job is not None and job.state == "running") or ((folder / "run.toml").is_file() and _alive(folder)):
+    if _at_work(place, name):
         raise UserError(f"{name} is running: stop it first, then delete it")
     try:
         shutil.rmtree(folder)
@@ -197,11 +200,19 @@ def size(folder: Path) -> int:
     return total
 
 
-def _alive(folder: Path) -> bool:
-    try:
-        return look(folder).alive
-    except (ValueError, TypeError, OSError):                         # damaged: nobody can be writing to it who is understood
-        return False
+def _at_work(place: Place, name: str) -> bool:
+    """Does a process work on it, or is about to? One that has said its last word may take some seconds to be gone: they are waited for."""
+    folder, job = place.inside(name), job_of(place, name)
+    until = time.monotonic() + ENDING
+    while True:
+        status = look(folder) if (folder / "run.toml").is_file() else None
+        if status is not None and status.alive:
+            return True
+        if job is None or job.state != "running":
+            return False
+        if status is None or _began(job) >= (status.beat or 0.0) or time.monotonic() > until:
+            return True
+        time.sleep(0.1)
 
 
 # -- as a page has it -----------------------------------------------------------------------------------------------------------

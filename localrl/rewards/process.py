@@ -98,6 +98,7 @@ class Worker:
         hung_up = self._pump()
         if (answer := unframe(self.received)) is not None:
             self.answer, self.busy = answer, False
+            self._trim()
         elif over or hung_up:
             self._fail("death", "")
         elif time.monotonic() > self.deadline:
@@ -106,10 +107,13 @@ class Worker:
 
     def look(self, members: Sequence[Member]) -> None:
         """Look at the memory of its processes, and at the log."""
-        if self.log and self.log.stat().st_size > LOG_LIMIT:
-            os.truncate(self.log, 0)                          # the worker appends, so its next line is the first
+        self._trim()
         if (held := held_by(members, self.memory * GIB)) > self.memory * GIB:
             self._fail("memory", f"held {held / GIB:.2f} GiB")
+
+    def _trim(self) -> None:
+        if self.log and self.log.stat().st_size > LOG_LIMIT:
+            os.truncate(self.log, 0)                          # the worker appends, so its next line is the first
 
     def _pump(self) -> bool:
         """Move bytes; True: the other side hung up."""

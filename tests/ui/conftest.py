@@ -92,7 +92,12 @@ class Watched:
     """What a page did beside what it was asked."""
 
     outward: list[str]
-    errors: list[str]
+    told: list[str]
+
+    @property
+    def errors(self) -> list[str]:
+        """But for streams that were cut off by the next page, or by the end of the server."""
+        return [text for text in self.told if not any(cut in text for cut in ("AbortError", "Connection errored out", "ERR_CONNECTION_REFUSED"))]
 
 
 def open_page(browser: Any, width: int = 1440, height: int = 900, dark: bool = False) -> tuple[Any, Watched]:
@@ -101,8 +106,8 @@ def open_page(browser: Any, width: int = 1440, height: int = 900, dark: bool = F
     page.set_default_timeout(PATIENCE)
     watched = Watched([], [])
     page.on("request", lambda r: None if r.url.startswith(("data:", "blob:")) or "//127.0.0.1:" in r.url else watched.outward.append(r.url))
-    page.on("pageerror", lambda e: None if "AbortError" in str(e) else watched.errors.append(str(e)))       # a stream that the next page cuts off
-    page.on("console", lambda m: watched.errors.append(m.text) if m.type == "error" and "AbortError" not in m.text else None)
+    page.on("pageerror", lambda e: watched.told.append(str(e)))
+    page.on("console", lambda m: watched.told.append(m.text) if m.type == "error" else None)
     return page, watched
 
 

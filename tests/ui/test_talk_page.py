@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from .conftest import Served
+from .conftest import Served, serving
 
 pytest.importorskip("llama_cpp")
 HOSTILE = "<img src=x onerror=alert(1)><script>alert(2)</script>"
@@ -80,6 +80,7 @@ def goes_on(page: Any) -> None:
     page.locator("#chat-prompt input").click()
     page.get_by_role("option", name="2. ").first.click()
     page.locator("#chat-ask").click()
+    page.locator("#chat-picture .question", has_text=HOSTILE).first.wait_for(state="detached")
     answered(page, 2)
     first = page.locator("#chat-picture .answer").all_inner_texts()
     assert all("tokens" in text for text in first) and page.locator("#chat-picture .question").count() == 2
@@ -100,7 +101,9 @@ def test_a_run_outside_is_refused(served: Served, page: Any) -> None:
     page.locator("#chat-said .complaint", has_text="outside").wait_for()
 
 
-def test_no_model_is_chosen(served: Served, page: Any) -> None:
-    page.goto(served.url + "/chat")
-    page.locator("#chat-ask").click()
-    page.locator("#chat-said .complaint", has_text="no model is chosen").wait_for()
+def test_no_model_is_chosen(tmp_path: Path, page: Any) -> None:
+    with serving(tmp_path) as it:
+        page.goto(it.url + "/chat")
+        page.locator("#chat-ask").click()
+        page.locator("#chat-said .complaint", has_text="no model is chosen").wait_for()
+        page.goto("about:blank")
