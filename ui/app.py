@@ -10,6 +10,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")           # before gr
 
 import gradio as gr
 
+from .events import pulse
 from .look import CSS, theme
 from .pages import doctor, export, home, lab, live, new, talk
 from .place import Place
@@ -23,10 +24,12 @@ def blocks(place: Place) -> gr.Blocks:
     with gr.Blocks(title="localrl", analytics_enabled=False) as app:
         gr.Navbar(main_page_name=first.TITLE)
         first.build(place)
+        pulse()
     for page in others:
         with app.route(page.TITLE, page.PATH):
             gr.Navbar(main_page_name=first.TITLE)
             page.build(place)
+            pulse()
     return app
 
 
