@@ -49,6 +49,8 @@ def tried(tab: Any) -> None:
 def asked(tab: Any) -> None:
     """The same question to the base and to what was trained, which are chosen already."""
     tab.get_by_text("checkpoint-30").first.wait_for()
+    tab.locator("#chat-new").click()                                 # the pages go on with the conversation before
+    tab.wait_for_timeout(2000)                                       # it also empties the question
     tab.locator("#chat-question textarea").fill(TALK)
     tab.locator("#chat-ask").click()
     tab.locator("#chat-picture", has_text="tok/s").wait_for()

@@ -29,7 +29,8 @@ CSS = """
 .low { align-items: flex-end; }
 .html-container { padding: 0 !important; }
 .caption { font-size: .85rem; margin: .4rem 0; }
-.wide table.plain { border: none; border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+table.plain { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+.wide table.plain, .wide table.plain * { border-top: 0 !important; border-left: 0 !important; border-right: 0 !important; }
 table.plain th, table.plain td { padding: .35rem .6rem; text-align: left; border-bottom: 1px solid var(--border-color-primary); vertical-align: top; }
 table.plain td.number, table.plain th.number { text-align: right; white-space: nowrap; }
 pre.text { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; font-family: var(--font-mono); font-size: .85rem; }

@@ -30,6 +30,8 @@ LETTERS = "ABCD"
 SKIPPED = {"node_modules", "__pycache__"}
 PAUSE = 0.2
 """Seconds between two pictures of answers that are being written."""
+ENOUGH = 8
+"""Tokens from which on a speed says something: short answers come in one piece."""
 Asked = str | list[dict[str, str]]
 
 
@@ -139,7 +141,7 @@ class Said:
         """Length and speed, in words."""
         if not self.ended or self.wrong:
             return ""
-        speed = f", {(self.tokens - 1) / self.seconds:,.0f} tok/s" if self.tokens > 1 and self.seconds > 0 else ""
+        speed = f", {(self.tokens - 1) / self.seconds:,.0f} tok/s" if self.tokens >= ENOUGH and self.seconds > 0 else ""
         return f"{self.tokens} tokens{speed}" + ("" if self.done else ", not at its end")
 
 

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from localrl import allocator
 from localrl.doctor import gpu, llama
-from localrl.doctor.finding import Finding, first_line
+from localrl.doctor.finding import Finding, first_line, short
 from localrl.memory.cards import gib, machine_memory
 
 SMALL_DISK, SMALL_MEMORY = 10 * 2**30, 6 * 2**30
@@ -161,16 +161,10 @@ def _disk(place: Path) -> list[Finding]:
         free = shutil.disk_usage(real).free
         little = free < SMALL_DISK
         meaning = f"little for {use}: an 8B model takes 16 GiB, its F16 export as much again" if little else ""
-        found.append(Finding(name, f"{gib(free)} free at {_short(path)}", "warn" if little else "ok", meaning))
+        found.append(Finding(name, f"{gib(free)} free at {short(path)}", "warn" if little else "ok", meaning))
     if not os.access(next(p for p in (place.absolute(), *place.absolute().parents) if p.exists()), os.W_OK):
         found.append(Finding("run folder", f"{place} cannot be written to", "bad", "choose another: log.dir=/path/with/room"))
     return found
-
-
-def _short(path: Path) -> str:
-    """As a person writes it: what doctor says is what goes into bug reports."""
-    home, full = Path.home(), path.absolute()
-    return str("~" / full.relative_to(home)) if full.is_relative_to(home) else str(full)
 
 
 def _wsl() -> list[Finding]:

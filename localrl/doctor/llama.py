@@ -8,7 +8,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from localrl.doctor.finding import Finding
+from localrl.doctor.finding import Finding, short
 from localrl.settings import how_it_ended
 
 BUILD = 'CMAKE_ARGS="-DLLAVA_BUILD=OFF" pip install "llama-cpp-python>=0.3.36,<0.4"'
@@ -52,7 +52,7 @@ def findings() -> list[Finding]:
     value = f"{here} (llama.cpp {told['version']}), {kind}: {', '.join(flags[:SHOWN_FLAGS])}"
     plain = not told["gpu"] and not set(flags) & {*VECTORS}
     slow = f"built without vector instructions, many times slower than it could be; {REBUILD}"
-    found = [Finding("llama.cpp", value, "warn" if plain else "ok", slow if plain else f"library {told['path']}")]
+    found = [Finding("llama.cpp", value, "warn" if plain else "ok", slow if plain else f"library {short(Path(told['path']))}")]
     if asked.returncode or len(said) < 2:
         return [*found, Finding("llama.cpp's speed", f"it failed while computing: {reason}", "bad", f"chat, compare and exports will fail; {REBUILD}")]
     fast = said[1]
