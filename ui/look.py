@@ -19,7 +19,7 @@ def theme() -> gr.themes.Base:
 
 
 CSS = """
-.gradio-container { max-width: 1280px !important; margin: 0 auto !important; }
+.gradio-container { width: 100% !important; max-width: 1280px !important; margin: 0 auto !important; }
 .bad { color: #b91c1c; font-weight: 600; } .dark .bad { color: #fca5a5; }
 .good { color: #15803d; font-weight: 600; } .dark .good { color: #86efac; }
 .quiet { color: var(--body-text-color-subdued); }
