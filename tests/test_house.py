@@ -20,7 +20,7 @@ FLOORS = [
     {"config"},
     {"folder", "memory", "metrics", "health", "evaluate", "buffer"},
     {"policy", "engines", "export"},
-    {"train", "chat", "doctor", "display", "plots", "exports", "status"},
+    {"train", "chat", "doctor", "display", "plots", "exports", "status", "sockets"},
     {"simulate"},
     {"planning"},
     {"record", "talk", "serve", "prepare", "probe", "provenance", "runs"},

@@ -1,4 +1,4 @@
-"""A run's numbers as charts: which metrics stand together, and each chart as plain data that Plotly draws in the browser (`board.py`).
+"""A run's numbers as charts: which metrics stand together, and what each says (`figures.py` draws it, `board.py` shows it).
 
 No metric is hidden: what has no place of its own is among "more". What is special to an algorithm is told by its `pictures`.
 """
@@ -7,25 +7,20 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
 from localrl.algorithms.base import Algorithm, Picture
 
+from .figures import GREY, TOTAL, Figure, absent, across, band, colours, extent, faint, figure_of, line, short, trace
 from .html import text
 from .look import COLOURS
-from .tail import Curves, Numbers
+from .tail import Curves
 
-Figure = dict[str, Any]
-GREY, GRID = "#808a99", "rgba(128,138,153,.25)"
-SMOOTHED = 30
-"""Points from which on a single curve also gets a moving average, over `SPAN` of them."""
-SPAN = 9
 GIB = 2**30
 NOT_SHOWN = {"step", "timestamp"}
-TOTAL = "the total"
 
 SIGNALS = (
     Picture("Entropy", "Nats a token: how undecided the policy is. It falls with learning; near 0 all answers are alike and exploring ends.", ("entropy",)),
@@ -92,7 +87,7 @@ class Drawing:
     def have(self, pattern: str) -> list[str]:
         """Metrics with this name, `*` standing for a part, that were told at least once. They count as shown."""
         like = re.compile("[^/]+".join(map(re.escape, pattern.split("*"))))
-        found = [name for name in self.curves.names if like.fullmatch(name) and bool((~_nan(self.curves.mean(name))).any())]
+        found = [name for name in self.curves.names if like.fullmatch(name) and bool((~absent(self.curves.mean(name))).any())]
         self.used |= set(found)
         return found
 
@@ -116,20 +111,20 @@ def _rewards(drawing: Drawing) -> Iterator[Chart]:
     curves = drawing.curves
     if drawing.have("reward"):
         drawing.have("reward_std")
-        data = [*_band(curves, "reward", "reward_std", COLOURS[0]), *_line(curves, "reward", TOTAL, COLOURS[0]),
+        data = [*band(curves, "reward", "reward_std", COLOURS[0]), *line(curves, "reward", TOTAL, COLOURS[0]),
                 *_held_out(drawing.evaluations, "eval/reward", "eval/reward/stderr", "held out", COLOURS[1])]
         yield Chart("reward", "Total reward", "Mean of each step's answers; the band is their spread (one standard deviation). Dots: prompts it never "
-                    "trains on, with two standard errors. Up is good.", _figure(data, legend=True), 320)
+                    "trains on, with two standard errors. Up is good.", figure_of(data, legend=True), 320)
     names = [name for name in _in_order(drawing) if drawing.have(f"rewards/{name}/mean")]
     if names:
         data = []
-        for name, colour in zip(names, _colours(), strict=False):
+        for name, colour in zip(names, colours(), strict=False):
             drawing.have(f"rewards/{name}/std")
-            data += [*(_band(curves, f"rewards/{name}/mean", f"rewards/{name}/std", colour, name) if len(names) < 4 else ()),
-                     *_line(curves, f"rewards/{name}/mean", name, colour),
+            data += [*(band(curves, f"rewards/{name}/mean", f"rewards/{name}/std", colour, name) if len(names) < 4 else ()),
+                     *line(curves, f"rewards/{name}/mean", name, colour),
                      *_held_out(drawing.evaluations, f"eval/rewards/{name}/mean", f"eval/rewards/{name}/stderr", name, colour)]
         yield Chart("rewards", "Each reward", "Mean of each reward over the step's answers, before weights; dots are held out. A click on a name hides it, "
-                    "a double click shows it alone.", _figure(data, legend=True), 320)
+                    "a double click shows it alone.", figure_of(data, legend=True), 320)
 
 
 def _in_order(drawing: Drawing) -> list[str]:
@@ -144,8 +139,8 @@ def _held_out(rows: Sequence[Mapping[str, Any]], mean: str, error: str, name: st
         return []
     steps, values, errors = zip(*found, strict=True)
     return [{
-        "type": "scatter", "mode": "markers", "name": text(f"{name}, held out" if name != "held out" else name), "x": [*steps], "y": _short(values),
-        "error_y": {"type": "data", "array": _short(errors), "color": colour, "thickness": 1.5}, "marker": {"color": colour, "size": 8, "symbol": "diamond"},
+        "type": "scatter", "mode": "markers", "name": text(f"{name}, held out" if name != "held out" else name), "x": [*steps], "y": short(values),
+        "error_y": {"type": "data", "array": short(errors), "color": colour, "thickness": 1.5}, "marker": {"color": colour, "size": 8, "symbol": "diamond"},
         "legendgroup": text(name), "showlegend": name == "held out",
     }]  # fmt: skip
 
@@ -173,14 +168,14 @@ def _pictures(drawing: Drawing, pictures: Sequence[Picture], kind: str, algorith
 
 def _lines(drawing: Drawing, names: Sequence[str], picture: Picture, algorithm: Algorithm | None) -> Figure:
     data: list[Figure] = []
-    for name, colour in zip(names, _colours(), strict=False):
-        data += _extent(drawing.curves, name, colour) if len(names) == 1 else []
-        data += _line(drawing.curves, name, _label(name, names, drawing.rewards), colour)
-    figure = _figure(data, legend=len(names) > 1)
+    for name, colour in zip(names, colours(), strict=False):
+        data += extent(drawing.curves, name, colour) if len(names) == 1 else []
+        data += line(drawing.curves, name, _label(name, names, drawing.rewards), colour)
+    figure = figure_of(data, legend=len(names) > 1)
     for limit in picture.limits:
         value = getattr(algorithm, limit, None)
         if isinstance(value, int | float) and math.isfinite(value):
-            figure["layout"]["shapes"] = [*figure["layout"].get("shapes", ()), _across(float(value))]
+            figure["layout"]["shapes"] = [*figure["layout"].get("shapes", ()), across(float(value))]
     return figure
 
 
@@ -191,7 +186,7 @@ def _matrix(drawing: Drawing, names: Sequence[str]) -> Figure:
     values: list[list[float | None]] = [[0.0 if i == j else None for j in range(size)] for i in range(size)]
     for (i, j), name in pairs.items():
         known = drawing.curves.mean(name)
-        known = known[~_nan(known)]
+        known = known[~absent(known)]
         values[i][j] = values[j][i] = round(float(known[-1]), 1) if len(known) else None
     labels = [text(_reward(i, drawing.rewards)) for i in range(size)]
     heat = {
@@ -199,7 +194,7 @@ def _matrix(drawing: Drawing, names: Sequence[str]) -> Figure:
         "colorscale": [[0, "#16a34a"], [0.5, "#f3f4f6"], [1, "#dc2626"]], "texttemplate": "%{z:.0f}°", "textfont": {"color": "#111827"},
         "colorbar": {"title": {"text": "degrees"}, "thickness": 10}, "xgap": 2, "ygap": 2,
     }  # fmt: skip
-    figure = _figure([heat])
+    figure = figure_of([heat])
     figure["layout"]["yaxis"] |= {"autorange": "reversed", "type": "category"}
     figure["layout"]["xaxis"] = {"type": "category", "color": GREY}
     figure["layout"]["hovermode"] = "closest"
@@ -213,11 +208,11 @@ def _time(drawing: Drawing) -> Iterator[Chart]:
     names = [name for name in drawing.have("time/*") if name != "time/step"]
     if names:
         data = [
-            {**line, "stackgroup": "time", "fillcolor": _faint(colour, 0.55), "line": {"color": colour, "width": 1}}
-            for name, colour in zip(names, _colours(), strict=False)
-            for line in _trace(drawing.curves, name, _spoken(name), colour)
+            {**one, "stackgroup": "time", "fillcolor": faint(colour, 0.55), "line": {"color": colour, "width": 1}}
+            for name, colour in zip(names, colours(), strict=False)
+            for one in trace(drawing.curves, name, _spoken(name), colour)
         ]
-        yield Chart("time", "Where a step's time goes", "Seconds of each phase, stacked: the widest band is what to speed up.", _figure(data, legend=True))
+        yield Chart("time", "Where a step's time goes", "Seconds of each phase, stacked: the widest band is what to speed up.", figure_of(data, legend=True))
 
 
 def _memory(drawing: Drawing) -> Iterator[Chart]:
@@ -227,26 +222,26 @@ def _memory(drawing: Drawing) -> Iterator[Chart]:
     phases = [name for name in there if not name.endswith(DERIVED)]
     if phases:
         data = []
-        for name, colour in zip(phases, _colours(), strict=False):
-            data += _line(curves, name, _spoken(name), colour, scale=1 / GIB, smooth=False)
+        for name, colour in zip(phases, colours(), strict=False):
+            data += line(curves, name, _spoken(name), colour, scale=1 / GIB, smooth=False)
             if (planned := f"{name}_planned") in there:
-                plan = _trace(curves, planned, f"{_spoken(name)}, planned", colour, scale=1 / GIB)
-                data += [{**line, "line": {"color": colour, "width": 1, "dash": "dot"}, "showlegend": False} for line in plan]
+                plan = trace(curves, planned, f"{_spoken(name)}, planned", colour, scale=1 / GIB)
+                data += [{**one, "line": {"color": colour, "width": 1, "dash": "dot"}, "showlegend": False} for one in plan]
         yield Chart("memory", "Memory against plan", "GiB at each phase's peak; dotted: what the plan expected of it. Lines should stay below their dots.",
-                    _figure(data, legend=True))
+                    figure_of(data, legend=True))
     ratios = [name for name in there if name.endswith("_ratio")]
     if ratios:
         data = [
-            line for name, colour in zip(ratios, _colours(), strict=False)
-            for line in _line(curves, name, _spoken(name.removesuffix("_ratio")), colour, smooth=False)
+            one for name, colour in zip(ratios, colours(), strict=False)
+            for one in line(curves, name, _spoken(name.removesuffix("_ratio")), colour, smooth=False)
         ]  # fmt: skip
-        figure = _figure(data, legend=True)
-        figure["layout"]["shapes"] = [_across(1.0)]
+        figure = figure_of(data, legend=True)
+        figure["layout"]["shapes"] = [across(1.0)]
         yield Chart("memory-ratio", "Measured over planned", "1: exactly as planned. Above it the plan was too small, far below it room is wasted.", figure)
     if retries:
         yield Chart("oom", "Passes repeated for lack of memory", "How often a pass was made smaller and done again, so far. 0 is good; rising means that "
                     "the plan is too tight.",
-                    _figure([*_line(curves, RETRIES, "repeats", COLOURS[4], smooth=False)]), 200)
+                    figure_of([*line(curves, RETRIES, "repeats", COLOURS[4], smooth=False)]), 200)
 
 
 # -- the rest -------------------------------------------------------------------------------------------------------------------
@@ -273,95 +268,7 @@ def _prefix(name: str) -> str:
     return "others" if len(parts) == 1 else f"{parts[0]}: {parts[-1]}" if len(parts) > 2 else parts[0]
 
 
-# -- pieces ---------------------------------------------------------------------------------------------------------------------
-
-
-def _line(curves: Curves, name: str, label: str, colour: str, scale: float = 1.0, smooth: bool = True) -> list[Figure]:
-    """A curve; a long one as a faint line with its moving average on top."""
-    traces = _trace(curves, name, label, colour, scale)
-    if not smooth or not traces or len(traces[0]["x"]) < SMOOTHED:
-        return traces
-    raw = {**traces[0], "line": {"color": _faint(colour, 0.35), "width": 1}, "showlegend": False, "hoverinfo": "skip"}
-    return [raw, {**traces[0], "y": _short(smoothed(traces[0]["y"]))}]
-
-
-def _trace(curves: Curves, name: str, label: str, colour: str, scale: float = 1.0) -> list[Figure]:
-    values = curves.mean(name) * scale
-    known = ~_nan(values)
-    if not known.any():
-        return []
-    few = int(known.sum()) < 3
-    return [{
-        "type": "scatter", "mode": "lines+markers" if few else "lines", "name": text(label), "legendgroup": text(label),
-        "x": _whole(curves.steps()[known]), "y": _short(values[known]), "line": {"color": colour, "width": 2},
-    }]  # fmt: skip
-
-
-def _band(curves: Curves, mean: str, spread: str, colour: str, group: str = TOTAL) -> list[Figure]:
-    """Mean plus and minus spread, as a filled shape."""
-    middle, width = curves.mean(mean), curves.mean(spread)
-    return _filled(curves.steps(), middle - width, middle + width, colour, group)
-
-
-def _extent(curves: Curves, name: str, colour: str) -> list[Figure]:
-    """From the least to the greatest value of each bucket, where a bucket holds several steps."""
-    return [] if curves.width == 1 else _filled(curves.steps(), *curves.range(name), colour, name)
-
-
-def _filled(steps: Numbers, low: Numbers, high: Numbers, colour: str, group: str) -> list[Figure]:
-    known = ~(_nan(low) | _nan(high))
-    if known.sum() < 2:
-        return []
-    x, top, bottom = _whole(steps[known]), high[known].tolist(), low[known].tolist()
-    if len(x) >= SMOOTHED:
-        top, bottom = smoothed(top), smoothed(bottom)
-    return [{
-        "type": "scatter", "mode": "lines", "x": x + x[::-1], "y": _short(top) + _short(bottom)[::-1], "fill": "toself",
-        "fillcolor": _faint(colour, 0.14), "line": {"width": 0}, "hoverinfo": "skip", "showlegend": False, "legendgroup": text(group),
-    }]  # fmt: skip
-
-
-def _figure(data: list[Figure], legend: bool = False) -> Figure:
-    axis = {"color": GREY, "gridcolor": GRID, "zerolinecolor": GRID, "automargin": True}
-    layout = {
-        "uirevision": "keep",                                        # a zoom outlives new data
-        "margin": {"l": 8, "r": 8, "t": 8, "b": 8}, "paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)", "font": {"color": GREY, "size": 12},
-        "xaxis": {**axis, **_steps_axis(data)}, "yaxis": {**axis, **_values_axis(data)}, "hovermode": "x unified", "showlegend": legend,
-        "legend": {"orientation": "h", "y": -0.25, "x": 0}, "dragmode": "zoom",
-    }  # fmt: skip
-    return {"data": data, "layout": layout}
-
-
-def _steps_axis(data: Sequence[Figure]) -> Figure:
-    """Whole steps, also where there are but a few."""
-    steps = [step for trace in data if trace["type"] == "scatter" for step in trace["x"]]
-    few = {"dtick": 1} if steps and max(steps) - min(steps) < 10 else {}
-    return {"title": {"text": "step", "standoff": 4}, "tickformat": ",d", **few}
-
-
-def _values_axis(data: Sequence[Figure]) -> Figure:
-    """From 0 on where that is near; Plotly would draw what is always the same around it, down to -1."""
-    values = [value for trace in data if trace["type"] == "scatter" for value in trace["y"]]
-    if not values or min(values) < 0:
-        return {}
-    if min(values) == max(values):
-        return {"range": [0, 2 * max(values) or 1]}
-    return {"rangemode": "tozero"} if min(values) < max(values) / 2 else {}
-
-
-def _across(value: float) -> Figure:
-    return {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": value, "y1": value, "line": {"color": "#dc2626", "width": 1.5, "dash": "dash"}}
-
-
-def smoothed(values: Sequence[float], span: int = SPAN) -> list[float]:
-    """Centred moving average.
-
-    >>> smoothed([0.0, 1.0, 2.0], 3)
-    [0.5, 1.0, 1.5]
-    """
-    half = span // 2
-    windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
-    return [sum(window) / len(window) for window in windows]
+# -- names ----------------------------------------------------------------------------------------------------------------------
 
 
 CALLED = {"frac_reward_zero_std": "all the same", "frac_reward_cancelling": "cancelling", "frac_unscored": "no reward", "completions/clipped_ratio": "cut",
@@ -394,29 +301,3 @@ def _reward(number: int, rewards: Sequence[str]) -> str:
 
 def _spoken(name: str) -> str:
     return name.split("/")[-1].replace("_", " ")
-
-
-def _colours() -> Iterator[str]:
-    while True:
-        yield from COLOURS
-
-
-def _faint(colour: str, alpha: float) -> str:
-    """
-    >>> _faint("#2563eb", 0.5)
-    'rgba(37,99,235,0.5)'
-    """
-    return f"rgba({int(colour[1:3], 16)},{int(colour[3:5], 16)},{int(colour[5:7], 16)},{alpha})"
-
-
-def _nan(values: Numbers) -> Any:
-    return values != values
-
-
-def _whole(values: Numbers) -> list[int]:
-    return [int(v) for v in values.tolist()]
-
-
-def _short(values: Iterable[float]) -> list[float]:
-    """Five digits are more than a screen shows."""
-    return [float(f"{v:.5g}") for v in values]

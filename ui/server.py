@@ -8,7 +8,6 @@ No other site may frame a page.
 from __future__ import annotations
 
 import hmac
-import ipaddress
 import os
 import socket
 import warnings
@@ -16,24 +15,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from localrl.settings import UserError
+from localrl.sockets import is_here
 
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; "
     "font-src 'self' data:; connect-src 'self' ws: wss:; worker-src 'self' blob:; frame-src 'none'; frame-ancestors 'none'; base-uri 'self'; form-action 'self'"
 )
 HEADERS = {"Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "X-Frame-Options": "DENY"}
-
-
-def is_loopback(host: str) -> bool:
-    """
-    >>> is_loopback("127.0.0.1"), is_loopback("localhost"), is_loopback("0.0.0.0"), is_loopback("example.org")
-    (True, True, False, False)
-    """
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 class Guarded:
@@ -76,18 +64,6 @@ def _host(header: str) -> str:
     return header[1 : header.index("]")] if header.startswith("[") and "]" in header else header.rsplit(":", 1)[0] if ":" in header else header
 
 
-def free_port(host: str, port: int) -> socket.socket:
-    """A bound socket; port 0: any that is free. UserError if it is taken."""
-    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        bound.bind((host, port))
-    except OSError as error:
-        bound.close()
-        raise UserError(f"cannot listen on {host} port {port} ({error.strerror}): --port 0 takes a free one") from None
-    return bound
-
-
 def application(
     blocks: Any, *, loopback: bool, password: str | None, theme: Any, css: str, allowed_paths: list[str], download: Callable[[str, str], Path | None]
 ) -> Any:
@@ -114,7 +90,7 @@ def application(
             auth_message="The password that `localrl ui` was started with; the user is: localrl", footer_links=[], allowed_paths=allowed_paths,
             ssr_mode=False, show_error=True, max_file_size="64mb", enable_monitoring=False, mcp_server=False, pwa=False,
         )  # fmt: skip
-    return Guarded(inner, is_loopback if loopback else lambda host: True)
+    return Guarded(inner, is_here if loopback else lambda host: True)
 
 
 def serve(app: Any, bound: socket.socket, ready: Callable[[], None]) -> None:

@@ -7,14 +7,16 @@ import webbrowser
 from collections.abc import Callable
 from pathlib import Path
 
+from localrl.sockets import open_socket
+
 from .place import Place
-from .server import free_port, serve
+from .server import serve
 
 
 def open_pages(folder: Path, *, port: int, browser: bool, share: bool, password: str | None, say: Callable[[str], None]) -> None:
     """Serve the pages until Ctrl-C. UserError if the folder is none or the port is taken."""
     place = Place.at(folder)
-    with free_port("0.0.0.0" if share else "127.0.0.1", port) as bound:
+    with open_socket("0.0.0.0" if share else "127.0.0.1", port) as bound:
         from .app import application  # seconds of imports: not before what can be checked at once
 
         app = application(place, loopback=not share, password=password)

@@ -20,7 +20,6 @@ h3 { font-size: 1rem; font-weight: 600; margin: 1rem 0 .3rem; } p { margin: .3re
 .card { border: 1px solid var(--border-color-primary); border-radius: 6px; padding: .6rem .8rem; min-width: 0; overflow-wrap: anywhere; }
 .card h3 { margin: 0; } .card svg { width: 100%; height: 60px; display: block; margin: .4rem 0 0; }
 .ends { display: flex; justify-content: space-between; font-size: .8rem; }
-table.plain th, table.plain td { border-left: 0; border-right: 0; }
 .ends, td { font-variant-numeric: tabular-nums; }
 td .answer { max-height: 7rem; min-width: 14rem; overflow: auto; }
 .lever { position: relative; display: block; width: 110px; height: 8px; margin: .3rem 0 0; border-radius: 2px;

@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 
 from localrl.engines.llama_cpp import LlamaModel, Sampling
-from localrl.serve import is_here, listen
 from localrl.settings import UserError
+from localrl.sockets import is_here, listen
 from tests.chat.conftest import Shell, sentence
 
 ASK = [{"role": "user", "content": "What is 2+2? Grüße"}]

@@ -67,7 +67,7 @@ def test_the_network_wants_a_password(tmp_path: Path) -> None:
 
 
 def test_a_port_that_is_taken_and_a_folder_that_is_none(served: Served, tmp_path: Path) -> None:
-    for arguments, said in (([str(tmp_path), "--port", str(urlsplit(served.url).port)], "--port 0"), ([str(tmp_path / "none")], "is no folder")):
+    for arguments, said in (([str(tmp_path), "--port", str(urlsplit(served.url).port)], "0 for a free one"), ([str(tmp_path / "none")], "is no folder")):
         told = subprocess.run([sys.executable, "-m", "localrl", "ui", *arguments], capture_output=True, text=True, check=False, timeout=120)
         assert told.returncode == 2 and said in told.stderr.replace("\n", " "), told.stderr
 
